@@ -1,0 +1,522 @@
+"""The configuration of a run: typed, strict, layered. Imports no torch, so the command line answers at once.
+
+Layers, later ones win: defaults in this file < YAML files in the order given < ``--set key=value``. An unknown key is an
+error with the nearest known one. All problems are reported together as one :class:`ConfigError`.
+
+Each field states its unit and where the default comes from. "Paper" is arXiv 2512.16922; "released" is the official code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nepa_dist import presets
+
+
+class ConfigError(ValueError):
+    """One or more problems in a configuration; ``problems`` holds each as a sentence."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__(f"{count} in the configuration:\n{lines}")
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The backbone. ``preset`` fills the size; every other field given beside it wins over the preset."""
+
+    preset: str | None = None
+    """Name in ``nepa_dist.presets.PRESETS``."""
+    image_size: int = Field(224, gt=0)
+    """Pixels, side of the square that training uses. The model itself takes any multiple of the patch size."""
+    patch_size: int = Field(14, gt=0)
+    """Pixels (paper)."""
+    in_channels: int = Field(3, gt=0)
+    embed_dim: int = Field(192, gt=0)
+    """Width D."""
+    depth: int = Field(12, gt=0)
+    """Number of blocks."""
+    num_heads: int = Field(3, gt=0)
+    mlp_ratio: float = Field(4.0, gt=0)
+    """Hidden width of a plain MLP over D; a gated MLP gets two thirds of it, rounded up to 64 (same parameter count)."""
+    mlp_hidden_dim: int | None = Field(None, gt=0)
+    """Hidden width H given exactly; overrides mlp_ratio."""
+    gated_mlp: bool = True
+    """activation(gate(x)) * up(x); with silu this is SwiGLU (paper). The released weights have it off."""
+    activation: Literal["silu", "gelu"] = "silu"
+    """silu (paper) or exact gelu (released)."""
+    qkv_bias: bool = True
+    qk_norm: bool = True
+    """LayerNorm without bias over the head width of queries and keys, before RoPE (paper)."""
+    qk_norm_affine: bool = False
+    """Learned scale in the QK-norm: off (paper), on in the released L and in all fine-tune configs."""
+    layer_scale: bool = True
+    layer_scale_init: float = 1e-5
+    """Released."""
+    rope: bool = True
+    """2-D axial RoPE. Off: learned absolute positions are added to the input."""
+    rope_theta: float = Field(100.0, gt=1)
+    """Base of the frequencies (released)."""
+    rope_rescale: float = Field(2.0, ge=1)
+    """In training, coordinates are multiplied by one log-uniform draw from [1/x, x] per step (released); 1 is off."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Stochastic depth of the last block; rises linearly from 0 at the first. 0 in pretraining."""
+    norm_eps: float = Field(1e-12, gt=0)
+    """Of every LayerNorm (released)."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the truncated normal of all weights (released)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("preset") is None:
+            return values
+        name = values["preset"]
+        if name not in presets.PRESETS:
+            raise ValueError(f"unknown preset {name!r}{_nearest(str(name), presets.PRESETS)}")
+        return {**presets.PRESETS[name], **values}
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        problems = []
+        if self.embed_dim % self.num_heads:
+            problems.append(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        elif self.rope and self.head_dim % 4:
+            problems.append(f"RoPE needs a head width that is a multiple of 4, got {self.embed_dim} / {self.num_heads}")
+        if self.image_size % self.patch_size:
+            low = self.image_size // self.patch_size * self.patch_size
+            near = f"{low} or {low + self.patch_size}" if low else f"{self.patch_size}"
+            problems.append(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; nearest: {near}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Head width K."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def num_patches(self) -> int:
+        """Patches N of a training image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def mlp_hidden_dim_(self) -> int:
+        """Hidden width H in effect."""
+        return self.mlp_hidden_dim or presets.mlp_hidden_dim(self.embed_dim, self.mlp_ratio, self.gated_mlp)
+
+
+class ObjectiveConfig(Section):
+    """What pretraining minimises, and the switches of the paper's ablations (paper Table 1)."""
+
+    shift: bool = True
+    """Position t predicts the embedding of position t + 1. Off: its own."""
+    causal: bool = True
+    """Each position sees only itself and earlier ones."""
+    stop_grad: bool = True
+    """No gradient through the target."""
+    mask_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of patches whose input is replaced by a learned token; all targets stay predicted."""
+    drop_last_token: bool = True
+    """Do not feed the last patch: its output enters no loss and nothing sees it. In effect only with shift and causal."""
+    anti_collapse: Literal["none", "sigreg", "vicreg"] = "none"
+    """Regulariser on the targets beside (or instead of) the stop-gradient: SIGReg (arXiv 2511.08544), VICReg (2105.04906)."""
+    anti_collapse_weight: float = Field(0.05, ge=0)
+    """Weight of the regulariser in the loss."""
+
+    @property
+    def drops_last_token(self) -> bool:
+        """Whether the last token is really left out: without shift it is a target of its own, without causality it is seen."""
+        return self.drop_last_token and self.shift and self.causal
+
+
+class AugmentConfig(Section):
+    """Random resized crop and flip (released: torchvision's defaults, bilinear with antialias)."""
+
+    crop: Literal["random_resized", "center"] = "random_resized"
+    """center: short side to the image size, then the middle; no randomness."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the crop's area over the image's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's width over height, drawn log-uniformly."""
+    flip: float = Field(0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AugmentConfig:
+        for name, (low, high), limit in (("scale", self.scale, 1.0), ("ratio", self.ratio, float("inf"))):
+            if not 0 < low <= high <= limit:
+                raise ValueError(f"{name} must be 0 < low <= high{' <= 1' if name == 'scale' else ''}, got {low}, {high}")
+        return self
+
+
+class DataConfig(Section):
+    """Where images come from and how they are read."""
+
+    source: str | None = None
+    """``digits`` (embedded) or a folder: ``train/<class>/*``, ``<class>/*`` or a flat folder of images."""
+    expected_num_samples: int | None = Field(None, gt=0)
+    """Images in the training split, for a dry run where the data is out of reach. The counted number wins."""
+    augment: AugmentConfig = AugmentConfig()
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Subtracted on the device from pixels in [0, 1] (released)."""
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Divided by, on the device (released)."""
+    num_workers: int | None = Field(None, ge=0)
+    """Loader processes per rank; default: the cores of this rank less one, at most 8. 0 loads in the trainer's process."""
+    prefetch_batches: int = Field(2, gt=0)
+    """Micro-batches each worker keeps ready."""
+    max_bad_samples: int = Field(100, ge=0)
+    """Different unreadable images that a run survives, each replaced and named; one more ends it."""
+
+
+class OptimConfig(Section):
+    """AdamW, the schedule and the moving average of the weights."""
+
+    base_lr: float = Field(3e-4, ge=0)
+    """Peak learning rate per 256 images; the peak in effect is base_lr * global_batch_size / 256 (paper)."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the last step (paper: 0)."""
+    warmup_ratio: float = Field(0.025, ge=0, le=1)
+    """Share of the steps with linear warm-up from 0 (paper: 40 of 1600 epochs)."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps of warm-up given exactly; overrides warmup_ratio."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Paper."""
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    """On parameters with two or more dimensions; biases, norms and LayerScale have none (paper)."""
+    clip_grad_norm: float | None = Field(1.0, gt=0)
+    """Largest global L2 norm of the gradient (released)."""
+    ema_decay: float | None = Field(0.9999, gt=0, lt=1)
+    """Decay per step of the moving average of the weights (paper); null keeps none."""
+
+
+class EngineConfig(Section):
+    """How the model is placed on devices."""
+
+    name: Literal["ddp"] = "ddp"
+    """ddp: every rank holds everything; with one process, plain torch."""
+    precision: Literal["fp32", "bf16_autocast"] = "bf16_autocast"
+    """bf16_autocast (paper): fp32 weights, matrix products in bf16. fp16 is not offered: its range needs loss scaling."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_seconds: float = Field(600.0, gt=0)
+    """A collective that waits longer than this fails."""
+
+
+class GuardConfig(Section):
+    """When a run that goes wrong must end."""
+
+    max_consecutive_skips: int = Field(10, gt=0)
+    """Steps in a row with a non-finite gradient (each is skipped and counted) before the run ends with an error."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and which are kept."""
+
+    every: int = Field(1000, gt=0)
+    """Steps between two checkpoints. The last step is always saved."""
+    keep_last: int = Field(3, gt=0)
+    """Newest checkpoints that are kept."""
+    keep_every: int | None = Field(None, gt=0)
+    """Checkpoints at multiples of this many steps are kept for good."""
+    shard_bytes: int = Field(1 << 30, gt=0)
+    """Largest size of one file, bytes (a single larger tensor still gets its own file)."""
+
+
+class MetricsConfig(Section):
+    """What is measured and where it goes. ``metrics.jsonl`` is always written."""
+
+    every: int = Field(10, gt=0)
+    """Steps between two lines."""
+    collapse_every: int = Field(50, gt=0)
+    """Steps between two readings of the collapse gauges."""
+    prometheus: bool = True
+    """Serve the metrics over HTTP from rank 0."""
+    prometheus_address: str = "127.0.0.1"
+    """Address the endpoint binds to."""
+    prometheus_port: int = Field(0, ge=0, le=65535)
+    """0 takes a free port; run.json and the log name it."""
+
+
+class ClusterConfig(Section):
+    """Where the run executes. The only section that names a site."""
+
+    launcher: Literal["local", "slurm"] = "local"
+    nodes: int = Field(1, gt=0)
+    gpus_per_node: int = Field(1, gt=0)
+    """Processes per node, one per GPU."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the whole run."""
+        return self.nodes * self.gpus_per_node
+
+
+class Config(Section):
+    """One run."""
+
+    task: Literal["pretrain"] = "pretrain"
+    name: str = Field("pretrain", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Name of the run; its folder is run_root/name."""
+    run_root: str = "runs"
+    seed: int = Field(1337, ge=0, lt=2**63)
+    """Of weights, order and augmentation (released)."""
+    epochs: float = Field(100.0, gt=0)
+    """Passes over the data; sets the number of steps unless ``steps`` is given."""
+    steps: int | None = Field(None, gt=0)
+    """Optimizer updates of the whole run, given exactly."""
+    global_batch_size: int = Field(4096, gt=0)
+    """Images per optimizer update over all ranks (paper)."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Images per forward pass of one rank; default: the largest divisor of the rank's share that is at most 128."""
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    engine: EngineConfig = EngineConfig()
+    guard: GuardConfig = GuardConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(self.run_root) / self.name
+
+    def digest(self) -> str:
+        """SHA-256 of everything that shapes the numbers of a run: not its name, its place or how often it reports."""
+        dump = self.model_dump(mode="json", exclude={"name", "run_root", "cluster", "checkpoint", "metrics", "micro_batch_size"})
+        dump["data"] = {k: v for k, v in dump["data"].items() if k not in ("num_workers", "prefetch_batches", "source")}
+        return hashlib.sha256(json.dumps(dump, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML that :func:`load_config` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class Plan(NamedTuple):
+    """What follows from a configuration and the size of the data."""
+
+    num_samples: int
+    steps: int
+    warmup_steps: int
+    micro_batch_size: int
+    grad_accum_steps: int
+    peak_lr: float
+    num_tokens: int
+    """Tokens that pass through the blocks per image."""
+
+
+def make_plan(config: Config, num_samples: int) -> Plan:
+    """Derive steps, accumulation and peak learning rate.
+
+    Args:
+        config: the run.
+        num_samples: images in the training split.
+
+    Raises:
+        ConfigError: the global batch does not divide; the message names the nearest values that do.
+    """
+    if problems := batch_problems(config):
+        raise ConfigError(problems)
+    if num_samples <= 0:
+        raise ConfigError([f"data.source {config.data.source!r} holds no images"])
+    share = config.global_batch_size // config.cluster.world_size
+    micro = config.micro_batch_size or max(d for d in range(1, min(share, 128) + 1) if share % d == 0)
+    steps = config.steps or max(1, round(config.epochs * num_samples / config.global_batch_size))
+    optim = config.optim
+    warmup = optim.warmup_steps if optim.warmup_steps is not None else round(optim.warmup_ratio * steps)
+    return Plan(
+        num_samples=num_samples,
+        steps=steps,
+        warmup_steps=min(warmup, steps),
+        micro_batch_size=micro,
+        grad_accum_steps=share // micro,
+        peak_lr=optim.base_lr * config.global_batch_size / 256,
+        num_tokens=1 + config.model.num_patches - config.objective.drops_last_token,
+    )
+
+
+def batch_problems(config: Config) -> list[str]:
+    """Sentences about a global batch that the ranks and the micro-batch do not divide."""
+    total, world = config.global_batch_size, config.cluster.world_size
+    unit = world * (config.micro_batch_size or 1)
+    if total % unit == 0:
+        return []
+    low = total // unit * unit
+    near = " or ".join(str(v) for v in (low, low + unit) if v)
+    micro = config.micro_batch_size
+    problem = f"global_batch_size {total} is not a multiple of "
+    problem += f"micro_batch_size {micro} x world size {world} = {unit}" if micro else f"the world size {world}"
+    problem += f"; nearest global_batch_size: {near}"
+    if micro and total % world == 0:
+        share = total // world
+        fits = sorted((d for d in range(1, share + 1) if share % d == 0), key=lambda d: (abs(d - micro), d))[:2]
+        problem += f"; or micro_batch_size: {' or '.join(map(str, sorted(fits)))}"
+    return [problem]
+
+
+def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Config:
+    """Build a configuration from layers: defaults < base < files in order < overrides.
+
+    Args:
+        files: YAML files, each a mapping that holds only what it changes.
+        overrides: ``a.b=value`` strings; the value is read as YAML.
+        base: values below the files (used by the command line for its own options).
+
+    Raises:
+        ConfigError: all problems that were found: unreadable files, unknown keys, wrong values, fields that do not fit.
+    """
+    problems: list[str] = []
+    merged: dict[str, Any] = {}
+    layers = [("the command line", base or {})]
+    for file in files:
+        try:
+            layers.append((str(file), _read_yaml(Path(file))))
+        except ConfigError as error:
+            problems += error.problems
+    for override in overrides:
+        try:
+            layers.append((f"--set {override}", _parse_override(override)))
+        except ConfigError as error:
+            problems += error.problems
+    for origin, layer in layers:
+        problems += _unknown_keys(layer, Config, origin)
+        _merge(merged, layer)
+    if problems:
+        raise ConfigError(problems)
+    try:
+        config = Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError([_explain(item) for item in error.errors()]) from None
+    if problems := _cross_field_problems(config):
+        raise ConfigError(problems)
+    return config
+
+
+def _cross_field_problems(config: Config) -> list[str]:
+    problems = batch_problems(config)
+    objective, optim = config.objective, config.optim
+    if objective.mask_ratio and round(objective.mask_ratio * config.model.num_patches) == 0:
+        problems.append(f"objective.mask_ratio {objective.mask_ratio} masks none of the {config.model.num_patches} patches")
+    if optim.warmup_steps is not None and config.steps is not None and optim.warmup_steps > config.steps:
+        problems.append(f"optim.warmup_steps {optim.warmup_steps} is more than steps {config.steps}")
+    if config.model.in_channels != 3:
+        problems.append(f"model.in_channels {config.model.in_channels}: the data loader makes RGB images, so training needs 3")
+    return problems
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError([f"cannot read {path}: {error.strerror}"]) from None
+    except UnicodeDecodeError:
+        raise ConfigError([f"{path} is not a text file in UTF-8"]) from None
+    try:
+        values = yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{path} is not valid YAML: {' '.join(str(error).split())}"]) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError([f"{path} must hold a mapping of keys to values, not {type(values).__name__}"])
+    return values
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError([f"--set {text}: expected key=value, for example --set optim.base_lr=1e-4"])
+    try:
+        parsed: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError([f"--set {text}: {value!r} is not a YAML value"]) from None
+    for part in reversed(key.strip().split(".")):
+        parsed = {part: parsed}
+    return dict(parsed)
+
+
+def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _unknown_keys(layer: Mapping[str, Any], section: type[BaseModel], origin: str, prefix: str = "") -> list[str]:
+    problems = []
+    for key, value in layer.items():
+        path = f"{prefix}{key}"
+        if key not in section.model_fields:
+            problems.append(f"{origin}: unknown key {path!r}{_nearest_key(str(key), section, prefix)}")
+            continue
+        kind = section.model_fields[key].annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if isinstance(value, Mapping):
+                problems += _unknown_keys(value, kind, origin, f"{path}.")
+            else:
+                problems.append(f"{origin}: {path} is a section with keys of its own, not a value")
+    return problems
+
+
+def _nearest_key(key: str, section: type[BaseModel], prefix: str) -> str:
+    here = _nearest(key, section.model_fields, prefix)
+    if here:
+        return here
+    elsewhere = {path.rpartition(".")[2]: path for path in _all_keys(Config)}
+    match = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.75)
+    return f"; did you mean {elsewhere[match[0]]!r}?" if match else ""
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(f"{prefix}{name}")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _nearest(key: str, known: Mapping[str, Any], prefix: str = "") -> str:
+    match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {prefix + match[0]!r}?" if match else ""
+
+
+def _explain(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    given = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
+    return f"{where}: {message}{given}" if where else message + given
