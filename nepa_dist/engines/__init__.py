@@ -1,0 +1,1 @@
+"""How a model is placed on devices and stepped."""

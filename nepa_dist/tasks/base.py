@@ -1,0 +1,59 @@
+"""What the loop and the engines know of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nepa_dist.model import VisionTransformer
+
+AllReduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over the ranks, in place, and returns it."""
+
+
+class Task(nn.Module):
+    """A backbone, a head, and the loss that trains them.
+
+    Parameters are named ``backbone.*`` and ``head.*`` in every checkpoint. The loss is computed inside ``forward``, so that
+    hooks of an engine and compilation see the whole graph.
+    """
+
+    backbone: VisionTransformer
+    head: nn.Module
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of one micro-batch.
+
+        Args:
+            batch: ``images`` [B, 3, H, W] float32, normalised; ``labels`` and ``ids`` [B] int64.
+
+        Returns:
+            The mean loss (0-d, fp32) and further 0-d values to log, by metric name.
+        """
+        raise NotImplementedError
+
+    def begin_step(self, step: int, *, observe: bool) -> None:
+        """Prepare for one optimizer update.
+
+        Args:
+            step: number of finished updates; keys everything random that belongs to the step and not to a sample.
+            observe: keep from the step's last micro-batch what :meth:`health` needs.
+        """
+
+    def health(self, all_reduce: AllReduce | None = None) -> dict[str, Tensor]:
+        """Gauges of the representation from the last observed step, 0-d tensors by metric name. A collective."""
+        return {}
+
+
+def keyed_uniform(seed: int, step: int, stream: int) -> float:
+    """A draw in [0, 1) that depends on its arguments alone: equal on all ranks and after a resume.
+
+    Args:
+        seed: of the run.
+        step: number of finished updates.
+        stream: separates draws for different purposes.
+    """
+    generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream) % 2**63)
+    return float(torch.rand((), generator=generator, dtype=torch.float64))

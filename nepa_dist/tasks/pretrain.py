@@ -1,0 +1,147 @@
+"""NEPA pretraining: predict the next patch embedding (arXiv 2512.16922, section 3.1 and Algorithm 1).
+
+Legend: B batch, T tokens (CLS first), D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nepa_dist.config import ModelConfig, ObjectiveConfig
+from nepa_dist.metrics.collapse import collapse_metrics
+from nepa_dist.model import VisionTransformer, init_weights
+from nepa_dist.tasks.base import AllReduce, Task, keyed_uniform
+from nepa_dist.tasks.regularizers import random_directions, sigreg, vicreg
+
+SIGREG_DIRECTIONS = 256
+
+
+def align(hidden: Tensor, embed: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
+    """Pair predictions with their targets.
+
+    Args:
+        hidden: z_hat [B, T, D], or [B, T - 1, D] when the last token was not fed.
+        embed: z [B, T, D].
+        shift: position t predicts t + 1; otherwise itself.
+
+    Returns:
+        Predictions and targets of equal shape, [B, T - 1, D] with shift and [B, T, D] without.
+
+    Raises:
+        ValueError: the shapes do not pair.
+    """
+    target = embed[:, 1:] if shift else embed
+    if not target.shape[1] <= hidden.shape[1] <= embed.shape[1]:
+        raise ValueError(f"hidden {list(hidden.shape)} does not cover the {target.shape[1]} targets of embed {list(embed.shape)}")
+    return hidden[:, : target.shape[1]], target
+
+
+def next_embedding_loss(hidden: Tensor, embed: Tensor, *, shift: bool = True, stop_grad: bool = True) -> Tensor:
+    """Mean negative cosine between each prediction and the next embedding, in fp32.
+
+    Args:
+        hidden: z_hat [B, T, D], or [B, T - 1, D] when the last token was not fed.
+        embed: z [B, T, D]: CLS and raw patch embeddings.
+        shift: position t predicts t + 1 (CLS predicts the first patch); off, each position predicts itself.
+        stop_grad: no gradient through the target.
+
+    Returns:
+        0-d fp32 in [-1, 1].
+    """
+    prediction, target = align(hidden, embed, shift=shift)
+    if stop_grad:
+        target = target.detach()
+    # Autocast would run the product of the normalised vectors in fp32 too; being explicit keeps it so without autocast.
+    return -(F.normalize(prediction.float(), dim=-1) * F.normalize(target.float(), dim=-1)).sum(-1).mean()
+
+
+class PretrainHead(nn.Module):
+    """NEPA has no prediction head; only masking needs a parameter, the token that replaces a masked patch."""
+
+    def __init__(self, embed_dim: int, mask_ratio: float) -> None:
+        super().__init__()
+        self.mask_ratio = mask_ratio
+        if mask_ratio > 0:
+            self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+
+    def forward(self, embed: Tensor) -> Tensor:
+        """Replace exactly round(mask_ratio * N) patches per image, drawn anew for each image, in z [B, 1 + N, D]."""
+        B, T, _ = embed.shape
+        count = round(self.mask_ratio * (T - 1))
+        order = torch.rand(B, T - 1, device=embed.device).argsort(dim=1)
+        masked = F.pad(order < count, (1, 0))  # never CLS
+        return torch.where(masked[:, :, None], self.mask_token.to(embed.dtype), embed)
+
+
+class PretrainTask(Task):
+    """The backbone and the NEPA objective with its ablation switches.
+
+    Args:
+        model: the backbone.
+        objective: the loss.
+        seed: of weights, the RoPE rescale and SIGReg's directions.
+    """
+
+    def __init__(self, model: ModelConfig, objective: ObjectiveConfig | None = None, *, seed: int = 0) -> None:
+        super().__init__()
+        self.objective = objective or ObjectiveConfig()
+        self.seed = seed
+        self.backbone = VisionTransformer(model, seed=seed)
+        self.head = PretrainHead(model.embed_dim, self.objective.mask_ratio)
+        init_weights(self.head, seed, std=model.init_std)
+        self._step = 0
+        self._observe = False
+        self._observed: tuple[Tensor, Tensor, Tensor] | None = None
+        # A buffer and not a Python number: a new value each step must not recompile a compiled forward.
+        self.rope_scale: Tensor
+        self.register_buffer("rope_scale", torch.ones(()), persistent=False)
+
+    def begin_step(self, step: int, *, observe: bool) -> None:
+        """See :meth:`Task.begin_step`; draws the step's RoPE rescale, one for all ranks and micro-batches."""
+        self._step, self._observe, self._observed = step, observe, None
+        if self.backbone.config.rope_rescale > 1:
+            uniform = torch.tensor(keyed_uniform(self.seed, step, stream=0))
+            self.rope_scale.fill_(float(self.backbone.rope_scale_from(uniform)))
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the NEPA loss of ``batch["images"]`` [B, 3, H, W]; see :meth:`Task.forward`."""
+        objective = self.objective
+        features = self.backbone(
+            batch["images"],
+            causal=objective.causal,
+            drop_last=objective.drops_last_token,
+            rope_scale=self.rope_scale if self.training else None,
+            corrupt=self.head if objective.mask_ratio > 0 else None,
+        )
+        embed, hidden = features.embed, features.hidden
+        loss = next_embedding_loss(hidden, embed, shift=objective.shift, stop_grad=objective.stop_grad)
+        logs = {}
+        if objective.anti_collapse != "none":
+            penalty = self._anti_collapse(embed[:, 1:].flatten(0, 1))
+            logs["anti_collapse_loss"] = penalty.detach()
+            loss = loss + objective.anti_collapse_weight * penalty
+        if self._observe:
+            prediction, target = align(hidden.detach(), embed.detach(), shift=objective.shift)
+            # What stands at the predicting position, for the baseline that copies it.
+            self._observed = (prediction, target, embed.detach()[:, : target.shape[1]])
+        return loss, logs
+
+    def _anti_collapse(self, tokens: Tensor) -> Tensor:
+        with torch.autocast(tokens.device.type, enabled=False):
+            if self.objective.anti_collapse == "vicreg":
+                return vicreg(tokens)
+            seed = int(keyed_uniform(self.seed, self._step, stream=1) * 2**53)
+            directions = random_directions(tokens.shape[1], SIGREG_DIRECTIONS, seed=seed, device=tokens.device)
+            return sigreg(tokens, directions)
+
+    def health(self, all_reduce: AllReduce | None = None) -> dict[str, Tensor]:
+        """Collapse gauges and skill of the last observed step; see :meth:`Task.health`."""
+        if self._observed is None:
+            return {}
+        prediction, target, current = self._observed
+        self._observed = None
+        return collapse_metrics(prediction, target, current, all_reduce=all_reduce)

@@ -1,0 +1,62 @@
+"""Regularisers on embeddings that keep them from collapsing without a stop-gradient.
+
+Legend: n samples (tokens of all images), D width, M random directions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sigreg(x: Tensor, directions: Tensor, *, num_points: int = 17, cutoff: float = 3.0) -> Tensor:
+    """Sketched isotropic Gaussian regularisation: Epps-Pulley distance of random projections from N(0, 1).
+
+    For each direction a: integral over t of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), where phi is the empirical
+    characteristic function of x a, by the trapezoid rule on [0, cutoff]. The factor n of the test statistic is left out, so
+    that the weight in a loss does not depend on the batch size.
+
+    Args:
+        x: [n, D].
+        directions: [D, M] with columns of unit length, the same on all ranks.
+        num_points: knots of the quadrature.
+        cutoff: largest t.
+
+    Returns:
+        Mean over the directions, 0-d fp32; 0 for an isotropic standard Gaussian.
+
+    Source: LeJEPA, arXiv 2511.08544, section 4 (knots and cutoff from its published code).
+    """
+    t = torch.linspace(0, cutoff, num_points, device=x.device)
+    target = torch.exp(-t.square() / 2)
+    angles = (x.float() @ directions)[:, :, None] * t  # [n, M, points]
+    error = (angles.cos().mean(0) - target).square() + angles.sin().mean(0).square()
+    return torch.trapezoid(error * target, t, dim=-1).mean()
+
+
+def random_directions(dim: int, count: int, *, seed: int, device: torch.device) -> Tensor:
+    """Unit columns [dim, count], drawn on the CPU so that every rank and device gets the same ones."""
+    directions = torch.randn(dim, count, generator=torch.Generator().manual_seed(seed))
+    return (directions / directions.norm(dim=0, keepdim=True)).to(device, non_blocking=True)
+
+
+def vicreg(x: Tensor, *, covariance_weight: float = 0.04, eps: float = 1e-4) -> Tensor:
+    """Variance hinge plus weighted squared covariance.
+
+    Args:
+        x: [n, D].
+        covariance_weight: of the covariance term relative to the variance term (published: 1 to 25).
+        eps: added to the variance under the root.
+
+    Returns:
+        mean_d max(0, 1 - std_d) + covariance_weight * sum_{i != j} C_ij^2 / D, 0-d fp32.
+
+    Source: VICReg, arXiv 2105.04906, equations 1 to 4.
+    """
+    x = x.float()
+    centred = x - x.mean(0)
+    covariance = centred.T @ centred / max(len(x) - 1, 1)
+    variance = covariance.diagonal()
+    hinge = torch.relu(1 - torch.sqrt(variance + eps)).mean()
+    off_diagonal = (covariance.square().sum() - variance.square().sum()) / x.shape[1]
+    return hinge + covariance_weight * off_diagonal
