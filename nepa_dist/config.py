@@ -301,15 +301,47 @@ class Config(Section):
         """Folder of the run."""
         return Path(self.run_root) / self.name
 
+    def identity(self) -> dict[str, Any]:
+        """The settings that shape the numbers of a run, by dotted key: not its name, its place, or how often it reports."""
+        return _identity(self.model_dump(mode="json"))
+
     def digest(self) -> str:
-        """SHA-256 of everything that shapes the numbers of a run: not its name, its place or how often it reports."""
-        dump = self.model_dump(mode="json", exclude={"name", "run_root", "cluster", "checkpoint", "metrics", "micro_batch_size"})
-        dump["data"] = {k: v for k, v in dump["data"].items() if k not in ("num_workers", "prefetch_batches", "source")}
-        return hashlib.sha256(json.dumps(dump, sort_keys=True).encode()).hexdigest()
+        """SHA-256 of :meth:`identity`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML that :func:`load_config` reads back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+_NOT_IDENTITY = {"name", "run_root", "cluster", "checkpoint", "metrics", "guard", "micro_batch_size"}
+_NOT_IDENTITY |= {f"data.{key}" for key in ("source", "expected_num_samples", "num_workers", "prefetch_batches", "max_bad_samples")}
+_NOT_IDENTITY |= {"engine.timeout_seconds", "engine.device"}
+
+
+def _identity(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if key in _NOT_IDENTITY:
+            continue
+        flat |= _identity(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+    return flat
+
+
+def changed_keys(old: Mapping[str, Any], new: Config) -> list[tuple[str, Any, Any]]:
+    """Settings that shape the numbers of a run and differ between a saved configuration and a new one.
+
+    Args:
+        old: a configuration as nested mappings, as saved with a run.
+        new: the configuration to compare with.
+
+    Returns:
+        (dotted key, old value, new value); a key that one side lacks has None there.
+    """
+    before, after = _identity(old), new.identity()
+    keys = [*after, *(key for key in before if key not in after)]
+    return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
 
 
 class Plan(NamedTuple):

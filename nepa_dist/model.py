@@ -12,7 +12,6 @@ centres, LayerNorm eps 1e-12, truncated normal of 0.02).
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nepa_dist.config import ModelConfig
+from nepa_dist.keyed import keyed_seed
 
 
 class Features(NamedTuple):
@@ -288,9 +288,5 @@ def init_weights(module: nn.Module, seed: int, *, std: float) -> None:
                 elif name == "bias":
                     parameter.zero_()
                 elif not parameter.is_meta:
-                    nn.init.trunc_normal_(parameter, std=std, generator=_keyed_generator(seed, full, parameter.device))
-
-
-def _keyed_generator(seed: int, name: str, device: torch.device) -> torch.Generator:
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+                    generator = torch.Generator(parameter.device).manual_seed(keyed_seed(seed, full))
+                    nn.init.trunc_normal_(parameter, std=std, generator=generator)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from nepa_dist.model import VisionTransformer
@@ -46,14 +45,3 @@ class Task(nn.Module):
         """Gauges of the representation from the last observed step, 0-d tensors by metric name. A collective."""
         return {}
 
-
-def keyed_uniform(seed: int, step: int, stream: int) -> float:
-    """A draw in [0, 1) that depends on its arguments alone: equal on all ranks and after a resume.
-
-    Args:
-        seed: of the run.
-        step: number of finished updates.
-        stream: separates draws for different purposes.
-    """
-    generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream) % 2**63)
-    return float(torch.rand((), generator=generator, dtype=torch.float64))

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nepa_dist.config import ModelConfig, ObjectiveConfig
+from nepa_dist.keyed import keyed_seed, keyed_uniform
 from nepa_dist.metrics.collapse import collapse_metrics
 from nepa_dist.model import VisionTransformer, init_weights
-from nepa_dist.tasks.base import AllReduce, Task, keyed_uniform
+from nepa_dist.tasks.base import AllReduce, Task
 from nepa_dist.tasks.regularizers import random_directions, sigreg, vicreg
 
 SIGREG_DIRECTIONS = 256
@@ -36,12 +37,12 @@ def align(hidden: Tensor, embed: Tensor, *, shift: bool) -> tuple[Tensor, Tensor
     """
     target = embed[:, 1:] if shift else embed
     if not target.shape[1] <= hidden.shape[1] <= embed.shape[1]:
-        raise ValueError(f"hidden {list(hidden.shape)} does not cover the {target.shape[1]} targets of embed {list(embed.shape)}")
+        raise ValueError(f"hidden {list(hidden.shape)} does not cover the targets in embed {list(embed.shape)}")
     return hidden[:, : target.shape[1]], target
 
 
 def next_embedding_loss(hidden: Tensor, embed: Tensor, *, shift: bool = True, stop_grad: bool = True) -> Tensor:
-    """Mean negative cosine between each prediction and the next embedding, in fp32.
+    """Mean negative cosine between each prediction and the next embedding, in fp32 (fp64 stays fp64).
 
     Args:
         hidden: z_hat [B, T, D], or [B, T - 1, D] when the last token was not fed.
@@ -50,13 +51,13 @@ def next_embedding_loss(hidden: Tensor, embed: Tensor, *, shift: bool = True, st
         stop_grad: no gradient through the target.
 
     Returns:
-        0-d fp32 in [-1, 1].
+        0-d in [-1, 1].
     """
     prediction, target = align(hidden, embed, shift=shift)
     if stop_grad:
         target = target.detach()
-    # Autocast would run the product of the normalised vectors in fp32 too; being explicit keeps it so without autocast.
-    return -(F.normalize(prediction.float(), dim=-1) * F.normalize(target.float(), dim=-1)).sum(-1).mean()
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    return -(F.normalize(prediction.to(dtype), dim=-1) * F.normalize(target.to(dtype), dim=-1)).sum(-1).mean()
 
 
 class PretrainHead(nn.Module):
@@ -104,7 +105,7 @@ class PretrainTask(Task):
         """See :meth:`Task.begin_step`; draws the step's RoPE rescale, one for all ranks and micro-batches."""
         self._step, self._observe, self._observed = step, observe, None
         if self.backbone.config.rope_rescale > 1:
-            uniform = torch.tensor(keyed_uniform(self.seed, step, stream=0))
+            uniform = torch.tensor(keyed_uniform(self.seed, "rope_scale", step))
             self.rope_scale.fill_(float(self.backbone.rope_scale_from(uniform)))
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -134,7 +135,7 @@ class PretrainTask(Task):
         with torch.autocast(tokens.device.type, enabled=False):
             if self.objective.anti_collapse == "vicreg":
                 return vicreg(tokens)
-            seed = int(keyed_uniform(self.seed, self._step, stream=1) * 2**53)
+            seed = keyed_seed(self.seed, "sigreg", self._step)
             directions = random_directions(tokens.shape[1], SIGREG_DIRECTIONS, seed=seed, device=tokens.device)
             return sigreg(tokens, directions)
 

@@ -1,0 +1,1 @@
+"""Starting runs: the command line, the processes, and what each process executes."""

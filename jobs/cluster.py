@@ -1,0 +1,211 @@
+"""Start the processes (ranks) of a run on this machine and wait for them.
+
+The launcher stays alive as long as its ranks: it forwards signals to them, ends all when one fails, and turns their exit codes
+into one. A rank that the launcher started dies with it (see ``jobs.runner.die_with_launcher``).
+
+Exit codes of a rank and of the whole run: 0 finished, 75 stopped after saving (run the same command again), any other failed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import IO, NamedTuple
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+LAUNCHER_PID = "NEPA_LAUNCHER_PID"
+"""Environment variable with the process id of the launcher, for ranks that must die with it."""
+FINISHED, STOPPED = 0, 75
+FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+POLL_SECONDS = 0.05
+TAIL_LINES = 20
+
+
+class Rank(NamedTuple):
+    """One started process."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    log: Path | None
+    """Its output; None where it writes to the launcher's terminal."""
+    log_start: int
+    """Bytes that were in the log before this start."""
+
+
+def run_local(
+    run_dir: str | Path,
+    world_size: int,
+    *,
+    command: Sequence[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    grace_seconds: float = 30.0,
+) -> int:
+    """Run all ranks of one node as processes of this machine and wait until they have ended.
+
+    Rank 0 shares the launcher's output, rank N writes to ``run_dir/logs/rank-N.txt``. Each rank has a session of its own, so
+    that a Ctrl-C reaches it once, through the launcher. Must be called from the main thread, which receives the signals.
+
+    Args:
+        run_dir: folder of the run, which holds config.yaml.
+        world_size: number of ranks, > 0.
+        command: what each rank executes; default: ``python -m jobs.runner RUN_DIR``.
+        env: environment that the ranks' variables are added to; default: this process's.
+        grace_seconds: time between SIGTERM and SIGKILL for the other ranks after one has failed.
+
+    Returns:
+        0 when all ranks returned 0; 75 when all returned 0 or 75 and at least one 75; otherwise the exit code of the rank that
+        failed first, or 1 if a signal ended it.
+    """
+    run_dir = Path(run_dir).absolute()
+    # -P keeps the working folder out of sys.path: a folder named jobs there must not be taken for ours.
+    command = command or [sys.executable, "-P", "-m", "jobs.runner", str(run_dir)]
+    received: deque[int] = deque()
+    ranks: list[Rank] = []
+    previous = _receive_signals(received)
+    try:
+        port = free_port()
+        for number in range(world_size):
+            environment = rank_environment(number, world_size, port, os.environ if env is None else env)
+            ranks.append(_start(number, command, environment, run_dir / "logs"))
+        return _wait(ranks, received, grace_seconds)
+    finally:
+        for rank in ranks:
+            if rank.process.poll() is None:
+                rank.process.kill()
+                rank.process.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that no process listens on at this moment."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def rank_environment(rank: int, world_size: int, port: int, base: Mapping[str, str]) -> dict[str, str]:
+    """Environment of one rank on a single node: torch.distributed's variables, threads, and where the code is.
+
+    Args:
+        rank: 0 <= rank < world_size.
+        world_size: number of ranks on this machine.
+        port: TCP port on which rank 0 meets the others.
+        base: environment to start from; OMP_NUM_THREADS in it is kept.
+    """
+    cores = len(os.sched_getaffinity(0))
+    path = [str(REPO_ROOT), *filter(None, [base.get("PYTHONPATH")])]
+    return {
+        "OMP_NUM_THREADS": str(max(1, cores // world_size)),
+        **base,
+        "PYTHONPATH": os.pathsep.join(path),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        LAUNCHER_PID: str(os.getpid()),
+    }
+
+
+def _start(number: int, command: Sequence[str], env: Mapping[str, str], log_dir: Path) -> Rank:
+    if number == 0:
+        process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+        return Rank(number, process, None, 0)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    path = log_dir / f"rank-{number}.txt"
+    with path.open("ab") as log:
+        log.write(f"--- started {datetime.now(UTC).isoformat(timespec='seconds')}\n".encode())
+        log.flush()
+        start = log.tell()
+        process = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    return Rank(number, process, path, start)
+
+
+def _receive_signals(received: deque[int]) -> dict[int, signal._HANDLER]:
+    """Collect signals in ``received`` and return the handlers that were there before."""
+
+    def remember(number: int, _: FrameType | None) -> None:
+        received.append(number)
+
+    previous: dict[int, signal._HANDLER] = {number: signal.signal(number, remember) for number in FORWARDED_SIGNALS}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it, and then so do we
+        # A closed terminal would end the launcher, and with it the ranks, before they have saved: ask them to stop instead.
+        previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: received.append(signal.SIGTERM))
+    return previous
+
+
+def _wait(ranks: Sequence[Rank], received: deque[int], grace_seconds: float) -> int:
+    """Wait until all ranks have ended; when one fails, end the others. Returns the exit code of the run."""
+    failed: list[Rank] = []
+    kill_at = float("inf")
+    while True:
+        codes = [rank.process.poll() for rank in ranks]
+        running = [rank for rank, code in zip(ranks, codes, strict=True) if code is None]
+        if not failed:
+            failed = [rank for rank, code in zip(ranks, codes, strict=True) if code not in (None, FINISHED, STOPPED)]
+            if failed:
+                _report(failed, len(running), grace_seconds)
+                _send(running, signal.SIGTERM)
+                kill_at = time.monotonic() + grace_seconds
+        if not running:
+            break
+        while received:
+            _send(running, received.popleft())
+        if time.monotonic() > kill_at:
+            _send(running, signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+    if failed:
+        return max(1, failed[0].process.returncode)
+    return max(rank.process.returncode for rank in ranks)
+
+
+def _send(ranks: Sequence[Rank], number: int) -> None:
+    for rank in ranks:
+        rank.process.send_signal(number)  # does nothing if the process has ended
+
+
+def _report(failed: Sequence[Rank], num_running: int, grace_seconds: float) -> None:
+    lines = []
+    for rank in failed:
+        lines.append(f"rank {rank.number} {describe_exit(rank.process.returncode)}")
+        if rank.log is None:
+            lines[-1] += "; its output is above"
+        else:
+            lines[-1] += f"; the end of {rank.log}:"
+            with rank.log.open("rb") as log:
+                lines += [f"    {line}" for line in _tail(log, rank.log_start)]
+    if num_running:
+        lines.append(f"the other {num_running} running ranks are asked to stop and are killed after {grace_seconds:g} s")
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _tail(log: IO[bytes], start: int) -> list[str]:
+    """Last lines after byte ``start``; at most the last 16 KiB are read."""
+    size = log.seek(0, os.SEEK_END)
+    log.seek(max(start, size - 16384))
+    return log.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+
+
+def describe_exit(code: int) -> str:
+    """How a process ended, in words, from :attr:`subprocess.Popen.returncode`."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    hint = " (often: out of memory)" if -code == signal.SIGKILL else ""
+    return f"was ended by {name}{hint}"

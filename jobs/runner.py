@@ -1,0 +1,101 @@
+"""What one rank executes: ``python -m jobs.runner RUN_DIR``. Reads RUN_DIR/config.yaml and calls ``nepa_dist.train.main``.
+
+The exit code is that of the training (0 finished, 75 stopped after saving), 2 for a mistake in the configuration or the data,
+1 for everything else. Nothing slow is imported before the process is tied to its launcher.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from jobs.cluster import LAUNCHER_PID, STOPPED
+from nepa_dist.guard import STOP_SIGNALS
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+FAILED, USER_ERROR = 1, 2
+
+
+def die_with_launcher() -> None:
+    """Have the kernel kill this process when its launcher ends, however that ends; without a launcher, do nothing.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    launcher = os.environ.get(LAUNCHER_PID)
+    if launcher is None or sys.platform != "linux":
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != int(launcher):  # it ended before the call above
+        os._exit(FAILED)
+
+
+def stop_outside_training(number: int, _: FrameType | None) -> NoReturn:
+    """Handler of the stop signals before the training installs its own: there is nothing to save, so end as a stopped run."""
+    os.write(2, f"stopped by {signal.Signals(number).name} outside of the training loop, nothing is lost\n".encode())
+    os._exit(STOPPED)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the training of one rank.
+
+    Args:
+        argv: [RUN_DIR]; default: the command line.
+
+    Returns:
+        The exit code of the process. A failure that is not a user's mistake ends the process here instead, with code 1.
+    """
+    die_with_launcher()
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop_outside_training)
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) != 1:
+        print("usage: python -m jobs.runner RUN_DIR", file=sys.stderr)
+        return USER_ERROR
+    run_dir = Path(arguments[0])
+    try:
+        from nepa_dist.config import load_config
+
+        config = load_config([run_dir / "config.yaml"])
+        from nepa_dist.train import main as train
+
+        return train(config)
+    except Exception as error:
+        if is_user_error(error):
+            print(error, file=sys.stderr, flush=True)
+            return USER_ERROR
+        _fail(error, run_dir)
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether the message of an error is written to be printed alone: the project's own subclasses of ValueError."""
+    return isinstance(error, ValueError) and type(error).__module__.partition(".")[0] == "nepa_dist"
+
+
+def _fail(error: Exception, run_dir: Path) -> NoReturn:
+    """Write the traceback and one last line that names the rank, then end without waiting for threads or collectives."""
+    rank = int(os.environ.get("RANK", "0"))
+    details = "".join(traceback.format_exception(error)).rstrip()
+    summary = f"rank {rank} failed: {traceback.format_exception_only(error)[-1].strip()}"
+    if rank == 0:  # the output of the others is in their log already
+        log = run_dir / "logs" / "rank-0.txt"
+        try:
+            log.parent.mkdir(exist_ok=True)
+            with log.open("a", encoding="utf-8") as file:
+                file.write(f"{details}\n{summary}\n")
+        except OSError as problem:
+            details += f"\n(this could not be written to {log}: {problem.strerror})"
+    sys.stdout.flush()
+    print(f"{details}\n{summary}", file=sys.stderr, flush=True)
+    os._exit(FAILED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

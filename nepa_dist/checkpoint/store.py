@@ -1,0 +1,326 @@
+"""A folder of checkpoints: atomic commit, verification, retention.
+
+Layout::
+
+    <root>/step-00000020/manifest.json              what the files must be, and what the run was; with its own digest
+                         state-00000.safetensors    the tensors, see ``portable``
+    <root>/.tmp-*                                   being written or deleted; leftovers of a killed run are swept at start
+    <root>/replaced-step-00000020-1                 a checkpoint that gave way to a new one of the same step; never deleted here
+
+A folder gets its name ``step-*`` by a rename after all its bytes are on the disk, and loses it by a rename before the first
+byte is deleted. So a process may be killed at any moment: what has the name is whole. Digests find what the disk did to it
+later.
+
+One process writes to a root at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nepa_dist.checkpoint.manifest import Manifest, as_json
+from nepa_dist.checkpoint.portable import CheckpointError, Entries, StateReader, write_durably, write_entries
+
+__all__ = ["CheckpointError", "CheckpointStore", "Found", "Manifest"]
+
+_MANIFEST = "manifest.json"
+_TEMP = ".tmp-"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest checkpoint that verifies. ``path`` and ``manifest`` are None when there is none."""
+
+    path: Path | None
+    manifest: Manifest | None
+    passed_over: list[tuple[Path, str]]
+    """Newer checkpoints that do not verify, and why."""
+
+
+class _Place(NamedTuple):
+    """Where the checkpoint of a step is and where it is made."""
+
+    final: Path
+    temp: Path
+
+
+class CheckpointStore:
+    """Saves and finds the checkpoints of one run.
+
+    Args:
+        root: folder of the checkpoints; made by the first save.
+        keep_last: newest checkpoints that are kept.
+        keep_every: checkpoints at multiples of this many steps are kept for good; None keeps none of them.
+        shard_bytes: largest size of one file (a single larger entry gets a file of its own).
+
+    Raises:
+        ValueError: a number is not positive.
+    """
+
+    def __init__(self, root: Path, *, keep_last: int = 3, keep_every: int | None = None, shard_bytes: int = 1 << 30) -> None:
+        if keep_last < 1 or shard_bytes < 1 or (keep_every is not None and keep_every < 1):
+            raise ValueError(f"keep_last {keep_last}, keep_every {keep_every} and shard_bytes {shard_bytes} must be positive")
+        self.root = Path(root)
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self.shard_bytes = shard_bytes
+
+    def sweep(self) -> list[str]:
+        """Remove what a killed process left half written or half deleted. Call it before the first save.
+
+        Returns:
+            Names of the folders that were removed.
+
+        Raises:
+            CheckpointError: one cannot be removed.
+        """
+        leftovers = sorted(name for name in self._list() if name.startswith(_TEMP))
+        for name in leftovers:
+            try:
+                _remove(self.root / name)
+            except OSError as error:
+                raise CheckpointError(f"cannot remove the leftover {self.root / name}: {error}") from error
+        return leftovers
+
+    def save(self, step: int, entries: Entries, meta: Mapping[str, Any], *, expected_bytes: int | None = None) -> Path:
+        """Save a checkpoint, then delete those that need not be kept.
+
+        If the step is there already: it is kept and returned when it verifies and its ``meta`` is the same (nothing is
+        written); otherwise it is moved to ``replaced-*`` once the new one is complete, with a warning.
+
+        ``entries`` is consumed to its end whatever happens, also after an error: making it may be a collective that other
+        ranks take part in.
+
+        Args:
+            step: finished optimizer updates.
+            entries: see :func:`nepa_dist.checkpoint.portable.write_entries`.
+            meta: JSON values to keep in the manifest.
+            expected_bytes: size of the state, if known; checked against the free space before anything is written.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            CheckpointError: the file system refuses (full, quota, read-only, ...). Earlier checkpoints are as they were.
+            ValueError: the step is negative, ``meta`` is not JSON, or an entry is malformed.
+        """
+        stream = iter(entries)
+        try:
+            return self._save(step, stream, meta, expected_bytes)
+        finally:
+            for _ in stream:
+                pass
+
+    def latest(self) -> Found:
+        """Find the newest checkpoint that verifies in full, and say which newer ones do not.
+
+        Raises:
+            CheckpointError: the root cannot be listed.
+        """
+        passed_over: list[tuple[Path, str]] = []
+        for step in reversed(self.steps()):
+            path = self.root / _step_name(step)
+            try:
+                return Found(path, self.verify(path), passed_over)
+            except CheckpointError as error:
+                passed_over.append((path, str(error)))
+        return Found(None, None, passed_over)
+
+    def steps(self) -> list[int]:
+        """Steps that have a committed checkpoint, ascending; whether they verify is not looked at.
+
+        Raises:
+            CheckpointError: the root cannot be listed.
+        """
+        steps = (_step_of(name) for name in self._list())
+        return sorted(step for step in steps if step is not None)
+
+    @staticmethod
+    def open(path: Path, *, check_digests: bool = True) -> tuple[Manifest, StateReader]:
+        """Verify a checkpoint and open it.
+
+        Args:
+            path: the checkpoint's folder.
+            check_digests: False where the digests were checked just before (on another rank, by :meth:`latest`).
+
+        Raises:
+            CheckpointError: as for :meth:`verify`.
+        """
+        manifest = CheckpointStore.verify(path, check_digests=check_digests)
+        return manifest, StateReader(Path(path))
+
+    @staticmethod
+    def verify(path: Path, *, check_digests: bool = True) -> Manifest:
+        """Check that a checkpoint is what was saved: the manifest, the set of files, their sizes, digests and headers.
+
+        Args:
+            path: the checkpoint's folder.
+            check_digests: False checks all but the SHA-256 of the files, which takes a full read.
+
+        Raises:
+            CheckpointError: it is not; the message names the file and the reason.
+        """
+        path = Path(path)
+        try:
+            return _verify(path, check_digests)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+
+    def _save(self, step: int, stream: Entries, meta: Mapping[str, Any], expected: int | None) -> Path:
+        values = as_json(meta)
+        place = _Place(self.root / _step_name(step), self.root / f"{_TEMP}{_step_name(step)}-{os.getpid()}")
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            reason = _reason_to_replace(place.final, values) if os.path.lexists(place.final) else None
+            if reason == "":
+                _log.info("checkpoint %s is there already", place.final)
+                return place.final
+            if expected is not None and expected > shutil.disk_usage(self.root).free:
+                raise CheckpointError(self._explain(step, "there is not enough space", expected))
+            self._commit(step, stream, values, place, reason)
+        except OSError as error:
+            raise CheckpointError(self._explain(step, str(error), expected)) from error
+        self._prune(step)
+        return place.final
+
+    def _commit(self, step: int, stream: Entries, meta: dict[str, Any], place: _Place, reason: str | None) -> None:
+        try:
+            if os.path.lexists(place.temp):  # of an earlier process with the same id
+                _remove(place.temp)
+            place.temp.mkdir()
+            files = write_entries(place.temp, stream, shard_bytes=self.shard_bytes)
+            manifest = Manifest(step, datetime.now(UTC).isoformat(timespec="seconds"), meta, tuple(files))
+            write_durably(place.temp / _MANIFEST, manifest.to_bytes())
+            _flush_folder(place.temp)
+            if reason is not None:
+                aside = self._name_aside(place.final)
+                _log.warning("checkpoint %s is replaced: %s; the old one is now %s", place.final, reason, aside)
+                os.rename(place.final, aside)
+            os.rename(place.temp, place.final)
+        except BaseException:
+            shutil.rmtree(place.temp, ignore_errors=True)
+            raise
+        _flush_folder(self.root)
+
+    def _prune(self, saved: int) -> None:
+        """Delete what need not be kept. A failure costs space, not the run: it is logged and tried again at the next save."""
+        steps = self.steps()
+        keep = {saved, *steps[-self.keep_last :]}
+        if self.keep_every is not None:
+            keep |= {step for step in steps if step % self.keep_every == 0}
+        for step in steps:
+            if step in keep:
+                continue
+            path, temp = self.root / _step_name(step), self.root / f"{_TEMP}deleted-{_step_name(step)}-{os.getpid()}"
+            try:
+                os.rename(path, temp)
+                _flush_folder(self.root)  # the name must be gone on the disk before any content is
+                _remove(temp)
+            except OSError as error:
+                _log.warning("cannot delete the old checkpoint %s: %s", path, error)
+
+    def _list(self) -> list[str]:
+        try:
+            return os.listdir(self.root)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise CheckpointError(f"cannot list the checkpoints in {self.root}: {error}") from error
+
+    def _name_aside(self, path: Path) -> Path:
+        number = 1
+        while os.path.lexists(aside := self.root / f"replaced-{path.name}-{number}"):
+            number += 1
+        return aside
+
+    def _explain(self, step: int, reason: str, expected: int | None) -> str:
+        try:
+            free = f"{shutil.disk_usage(self.root).free:,} bytes"
+        except OSError:
+            free = "unknown"
+        needed = "unknown" if expected is None else f"{expected:,} bytes"
+        return (
+            f"the checkpoint of step {step} is not saved in {self.root}: {reason} (free: {free}, needed: {needed}). "
+            "Earlier checkpoints are as they were. Check space, quota and permissions there, or lower checkpoint.keep_last"
+        )
+
+
+def _verify(path: Path, check_digests: bool) -> Manifest:
+    if path.is_symlink() or not path.is_dir():
+        raise CheckpointError(f"checkpoint {path} is not a folder")
+    entries = {entry.name: entry for entry in os.scandir(path)}
+    for entry in entries.values():
+        if not entry.is_file(follow_symlinks=False):
+            raise CheckpointError(f"{entry.path} is a link or a folder; a checkpoint holds plain files")
+    if _MANIFEST not in entries:
+        raise CheckpointError(f"{path / _MANIFEST} is missing")
+    try:
+        manifest = Manifest.from_bytes((path / _MANIFEST).read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path / _MANIFEST} {error}") from None
+    if _step_of(path.name) not in (None, manifest.step):
+        raise CheckpointError(f"{path / _MANIFEST} is of step {manifest.step}, not of the folder's")
+    for file in manifest.files:
+        if file.name not in entries:
+            raise CheckpointError(f"{path / file.name} is missing")
+        if (size := entries[file.name].stat(follow_symlinks=False).st_size) != file.bytes:
+            raise CheckpointError(f"{path / file.name} has {size} bytes; {file.bytes} were saved")
+    if extra := sorted(set(entries) - {_MANIFEST} - {file.name for file in manifest.files}):
+        raise CheckpointError(f"{path / extra[0]} is not part of the checkpoint")
+    if check_digests:
+        for file in manifest.files:
+            _check_digest(path / file.name, file.sha256)
+    StateReader(path)
+    return manifest
+
+
+def _check_digest(path: Path, sha256: str) -> None:
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise CheckpointError(f"{path} does not match its SHA-256: the content has changed since it was saved")
+
+
+def _reason_to_replace(path: Path, meta: dict[str, Any]) -> str:
+    """Why a checkpoint must give way to a new one of the same step and ``meta``; empty if it is as good."""
+    try:
+        return "" if CheckpointStore.verify(path).meta == meta else "it is of another run or state"
+    except CheckpointError as error:
+        return str(error)
+
+
+def _step_name(step: int) -> str:
+    if step < 0:
+        raise ValueError(f"step {step} is negative")
+    return f"step-{step:08d}"
+
+
+def _step_of(name: str) -> int | None:
+    match = re.fullmatch(r"step-([0-9]{8,})", name)
+    return int(match[1]) if match and name == _step_name(int(match[1])) else None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _flush_folder(path: Path) -> None:
+    """Make renames and new names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,133 @@
+"""The engine: how a task is placed on devices, stepped and saved. The loop knows only these eight members.
+
+An engine holds no schedule, no logging, no data and no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from nepa_dist.config import Config, Plan
+
+ParameterState = Mapping[str, Tensor]
+"""State of one parameter: ``weight``, ``exp_avg``, ``exp_avg_sq``, ``step``, and ``ema`` where one is kept. Full tensors."""
+
+
+class StepResult(NamedTuple):
+    """What one optimizer update did; both stay on the device."""
+
+    grad_norm: Tensor
+    """Global L2 norm before clipping, 0-d fp32."""
+    applied: Tensor
+    """1 if the weights moved, 0 if the step was skipped because the norm was not finite; 0-d fp32."""
+
+
+class NamedStateSource(Protocol):
+    """Where a checkpoint's tensors are read from."""
+
+    def names(self) -> list[str]:
+        """Names of all parameters."""
+        ...
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """Full state of one parameter."""
+        ...
+
+
+class Engine(Protocol):
+    """Places and steps one task."""
+
+    @property
+    def model(self) -> Callable[[Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
+        """Callable root: a micro-batch in, the loss and logs out, in the run's precision."""
+        ...
+
+    @property
+    def param_groups(self) -> Sequence[dict[str, Any]]:
+        """Groups whose ``lr`` the loop sets."""
+        ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of ``loss / grad_accum_steps``; at the last micro-batch, average it over the ranks."""
+        ...
+
+    def step(self) -> StepResult:
+        """Clip, update weights and averages unless the norm is not finite, clear the gradients."""
+        ...
+
+    def named_state(self) -> Iterator[tuple[str, ParameterState]]:
+        """Full state of every parameter, one at a time. A collective: all ranks iterate to the end."""
+        ...
+
+    def load_named_state(self, source: NamedStateSource) -> None:
+        """Set every parameter's state. A collective.
+
+        Raises:
+            StateMismatchError: names or shapes differ; every difference is listed.
+        """
+        ...
+
+    def weights(self, *, ema: bool) -> AbstractContextManager[None]:
+        """Within the context, the model holds its averaged weights (``ema``) or its own."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the model and of whatever the engine holds."""
+        ...
+
+
+class StateMismatchError(ValueError):
+    """A checkpoint that does not fit the model."""
+
+
+def check_state(expected: Mapping[str, Sequence[int]], source: NamedStateSource) -> None:
+    """Compare names before anything is changed.
+
+    Args:
+        expected: parameter name to shape.
+        source: the checkpoint.
+
+    Raises:
+        StateMismatchError: a parameter is missing or unknown.
+    """
+    given = set(source.names())
+    problems = [f"missing in the checkpoint: {name} {list(shape)}" for name, shape in expected.items() if name not in given]
+    problems += [f"unknown to the model: {name}" for name in sorted(given - set(expected))]
+    if problems:
+        raise StateMismatchError("\n".join(["the checkpoint does not fit the model:", *(f"  - {p}" for p in problems)]))
+
+
+def copy_state(name: str, into: Mapping[str, Tensor], state: ParameterState) -> None:
+    """Copy one parameter's state in place.
+
+    Raises:
+        StateMismatchError: a field is missing, left over or of another shape.
+    """
+    if set(into) != set(state):
+        raise StateMismatchError(f"{name}: the checkpoint holds {sorted(state)}, this run needs {sorted(into)}")
+    for field, tensor in into.items():
+        if tensor.shape != state[field].shape:
+            raise StateMismatchError(
+                f"{name}: {field} is {list(state[field].shape)} in the checkpoint and {list(tensor.shape)} in the model"
+            )
+    with torch.no_grad():
+        for field, tensor in into.items():
+            tensor.copy_(state[field])
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Global L2 norm of the gradients, 0-d fp32."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients).float()
+
+
+def build_engine(task: torch.nn.Module, config: Config, plan: Plan, device: torch.device) -> Engine:
+    """Place a task on ``device`` with the engine that the configuration names."""
+    from nepa_dist.engines.ddp import DDPEngine
+
+    return {"ddp": DDPEngine}[config.engine.name](task, config, plan, device)

@@ -1,0 +1,83 @@
+"""Parameter groups, AdamW that also keeps the moving average of the weights, and the learning rate as a pure function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nepa_dist.config import OptimConfig, Plan
+
+
+def learning_rate(step: int, plan: Plan, optim: OptimConfig) -> float:
+    """Linear warm-up from 0, then a half cosine down to ``min_lr``.
+
+    Args:
+        step: number of finished updates, 0 for the first one. As in the released recipe the very first update of a
+            warm-up has learning rate 0.
+        plan: steps, warm-up and peak.
+        optim: ``min_lr``.
+    """
+    if step < plan.warmup_steps:
+        return plan.peak_lr * step / plan.warmup_steps
+    progress = (step - plan.warmup_steps) / max(1, plan.steps - plan.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return optim.min_lr + (plan.peak_lr - optim.min_lr) * cosine
+
+
+def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: tensors with two or more dimensions decay; biases, norms and LayerScale do not (paper, appendix)."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+class AdamWEMA(torch.optim.AdamW):
+    """Fused AdamW whose state also holds the exponential moving average of each parameter.
+
+    The average is optimizer state like the moments: whatever shards, saves or skips them does the same to it. It is a copy
+    of the weight after the first update (released recipe) and then ``ema += (1 - decay) * (weight - ema)``.
+
+    When ``found_inf`` (0-d fp32 on the device, 0 or 1) is 1, a step changes nothing: weights, moments, average and step count
+    stay as they are to the bit. Nothing is read by the host.
+
+    Args:
+        groups: as for ``torch.optim.AdamW``.
+        optim: betas, eps and ``ema_decay``; without a decay no average is kept.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], optim: OptimConfig) -> None:
+        super().__init__(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
+        self.ema_decay = optim.ema_decay
+        self.found_inf: Tensor | None = None
+        for parameter in self._parameters():
+            state = self.state[parameter]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            if self.ema_decay is not None:
+                state["ema"] = parameter.detach().clone()
+
+    def _parameters(self) -> Iterable[Tensor]:
+        return (parameter for group in self.param_groups for parameter in group["params"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the parameters that have a gradient, then their averages."""
+        loss = super().step(closure)
+        moved = [parameter for parameter in self._parameters() if parameter.grad is not None]
+        if self.ema_decay is None or not moved:
+            return loss
+        states = [self.state[parameter] for parameter in moved]
+        # Each parameter has its own step count: an engine may call this for a part of the parameters at a time.
+        steps = torch.stack([state["step"] for state in states])
+        weights = torch.where(steps <= 1, 1.0, 1 - self.ema_decay)
+        if self.found_inf is not None:
+            weights = weights * (1 - self.found_inf)
+        torch._foreach_lerp_([state["ema"] for state in states], moved, list(weights.unbind()))
+        return loss

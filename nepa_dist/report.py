@@ -1,0 +1,135 @@
+"""What a run will cost, from formulas alone: parameters, operations, steps, memory. Imports no torch; printed by ``--dry-run``.
+
+Memory of activations: 22 D + 6 H bytes per token and block with a gated MLP, 22 D + 4 H with a plain one, for bf16 without
+compilation or activation checkpointing and with an attention that stores no T x T matrix; twice that in fp32. A rough count
+of what autograd keeps: an estimate.
+
+Legend: D width, H hidden width of the MLP, T tokens.
+"""
+
+from __future__ import annotations
+
+from nepa_dist import presets
+from nepa_dist.config import Config, Plan, make_plan
+
+ASSUMED_PEAK_FLOPS = 989e12
+"""Dense bf16 operations per second of an H100 or H200 (NVIDIA's data sheet)."""
+ASSUMED_UTILISATION = 0.4
+STATES = (("weights", 1), ("gradients", 1), ("Adam moments", 2), ("EMA", 1))
+"""What a rank holds per parameter with ddp, in fp32 numbers."""
+
+
+def build_report(config: Config, num_samples: int | None, note: str = "") -> str:
+    """Describe a run before it starts.
+
+    Args:
+        config: the run; its batch must divide.
+        num_samples: images in the training split; None if unknown.
+        note: where that number comes from, one sentence or more lines.
+
+    Returns:
+        A summary in aligned rows, then the whole configuration as YAML; ends with a newline.
+
+    Raises:
+        ConfigError: the global batch does not divide, or num_samples is not positive.
+    """
+    plan = make_plan(config, 1 if num_samples is None else num_samples)
+    steps = None if num_samples is None and config.steps is None else plan.steps
+    sections = [
+        ("Model", _model_rows(config, plan)),
+        ("Schedule", _schedule_rows(config, plan, num_samples, steps, note)),
+        ("Memory per rank (estimate)", _memory_rows(config, plan)),
+        ("Whole run", _total_rows(config, plan, steps)),
+    ]
+    width = 2 + max(len(label) for _, rows in sections for label, _ in rows)
+    lines = []
+    for title, rows in sections:
+        lines += [title, *(f"  {label:<{width}}{value}" for label, value in rows), ""]
+    return "\n".join([*lines, "Configuration", config.to_yaml()])
+
+
+def activation_bytes(config: Config, num_tokens: int) -> int:
+    """Estimated bytes of activations that one image keeps for the backward pass (formula in the module docstring)."""
+    model = config.model
+    per_token = 22 * model.embed_dim + (6 if model.gated_mlp else 4) * model.mlp_hidden_dim_
+    return per_token * num_tokens * model.depth * (2 if config.engine.precision == "fp32" else 1)
+
+
+def _model_rows(config: Config, plan: Plan) -> list[tuple[str, str]]:
+    model = config.model
+    mlp = f"{'gated ' if model.gated_mlp else ''}{model.activation} MLP of width {model.mlp_hidden_dim_}"
+    patches = f"{plan.num_tokens - 1} of {model.num_patches} patches of {model.patch_size} pixels"
+    rows = [
+        ("model", f"{model.preset or 'custom'}: width {model.embed_dim}, {model.depth} blocks, {model.num_heads} heads, {mlp}"),
+        ("parameters", f"{presets.num_parameters(model):,} (backbone)"),
+        ("tokens per image", f"{plan.num_tokens} (CLS + {patches})"),
+    ]
+    for causal in (True, False):
+        forward = sum(presets.forward_flops(model, num_tokens=plan.num_tokens, causal=causal))
+        both = presets.train_flops(model, num_tokens=plan.num_tokens, causal=causal)
+        kind = "causal" if causal else "full"
+        used = "" if causal == config.objective.causal else " (not what this run does; for comparison)"
+        text = f"{_si(forward, 'FLOP')} forward, {_si(both, 'FLOP')} with backward{used}"
+        rows.append((f"per image, {kind} attention", text))
+    return rows
+
+
+def _schedule_rows(config: Config, plan: Plan, num_samples: int | None, steps: int | None, note: str) -> list[tuple[str, str]]:
+    factors = f"world size {config.cluster.world_size} x micro-batch {plan.micro_batch_size}"
+    batch = f"{config.global_batch_size} = {factors} x accumulation {plan.grad_accum_steps}"
+    known = "unknown" if num_samples is None else f"{num_samples:,}"
+    rows = [("training images", known), *(("", line) for line in note.splitlines()), ("global batch", batch)]
+    if steps is None:
+        length = f"unknown: {config.epochs:g} epochs of an unknown number of images"
+        rows += [("steps", length), ("warm-up", _unknown_warmup(config))]
+    else:
+        images = steps * config.global_batch_size
+        epochs = "" if num_samples is None else f" = {images / num_samples:.4g} epochs"
+        given = f" (steps is given, epochs {config.epochs:g} has no effect)" if config.steps else ""
+        rows += [("steps", f"{steps:,}, {images:,} images{epochs}{given}")]
+        rows += [("warm-up", f"{plan.warmup_steps:,} steps")]
+    optim = config.optim
+    rows.append(("peak learning rate", f"{plan.peak_lr:.4g} = {optim.base_lr:g} x {config.global_batch_size} / 256"))
+    return rows
+
+
+def _unknown_warmup(config: Config) -> str:
+    optim = config.optim
+    return f"{optim.warmup_ratio:.3g} of the steps" if optim.warmup_steps is None else f"{optim.warmup_steps:,} steps"
+
+
+def _memory_rows(config: Config, plan: Plan) -> list[tuple[str, str]]:
+    parameters = presets.num_parameters(config.model)
+    states = [(name, 4 * parameters * count) for name, count in STATES if name != "EMA" or config.optim.ema_decay is not None]
+    activations = plan.micro_batch_size * activation_bytes(config, plan.num_tokens)
+    total = sum(size for _, size in states) + activations
+    how = f"{plan.micro_batch_size} images, {config.engine.precision}, not compiled"
+    return [
+        *((name, _si(size, "B")) for name, size in states),
+        ("activations", f"{_si(activations, 'B')} ({how})"),
+        ("sum", f"{_si(total, 'B')}, without buffers of libraries and of the allocator"),
+    ]
+
+
+def _total_rows(config: Config, plan: Plan, steps: int | None) -> list[tuple[str, str]]:
+    if steps is None:
+        return [("training", "unknown, as the number of steps is")]
+    per_image = presets.train_flops(config.model, num_tokens=plan.num_tokens, causal=config.objective.causal)
+    total = per_image * steps * config.global_batch_size
+    gpu_hours = total / (ASSUMED_UTILISATION * ASSUMED_PEAK_FLOPS) / 3600
+    world = config.cluster.world_size
+    speed = f"{ASSUMED_UTILISATION:.0%} of {ASSUMED_PEAK_FLOPS / 1e12:.0f} TFLOP/s (H100 or H200, bf16)"
+    return [
+        ("training", _si(total, "FLOP")),
+        ("GPU-hours", f"{gpu_hours:.3g}, {gpu_hours / world:.3g} hours at world size {world}; assumes {speed}, not measured"),
+    ]
+
+
+def _si(value: float, unit: str) -> str:
+    """A number with a decimal prefix, at four digits."""
+    prefixes = ["", "k", "M", "G", "T", "P", "E", "Z", "Y"]
+    power = 0
+    while value >= 999.95 and power < len(prefixes) - 1:
+        value /= 1000
+        power += 1
+    return f"{value:.4g} {prefixes[power]}{unit}"

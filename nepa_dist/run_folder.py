@@ -1,0 +1,86 @@
+"""The folder of a run, which explains itself.
+
+```
+runs/NAME/
+  config.yaml        the resolved configuration; feed it back with --config to repeat the run
+  run.json           one entry per start: versions, git state, world, seed, where it continued, the metrics endpoint
+  log.txt            what the run said, with times
+  metrics.jsonl      one line per logged step
+  checkpoints/       see nepa_dist.checkpoint.store
+  figures/           loss, gradient norm and collapse curves
+  logs/              output of the other ranks
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "numpy", "pillow", "safetensors", "scikit-learn", "pydantic", "prometheus-client", "deepspeed")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step: a reader sees the old or the new text, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def describe_start(**facts: Any) -> dict[str, Any]:
+    """Facts about this start: time, host, command, versions, git state, and what the caller adds."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "versions": versions(),
+        "git": git_state(),
+        **facts,
+    }
+
+
+def append_start(run_dir: Path, start: dict[str, Any]) -> None:
+    """Add an entry to ``run.json``; earlier ones stay."""
+    path = run_dir / "run.json"
+    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+    write_text(path, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that shape a run."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the code and the files that differ from it; empty outside a git checkout."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return {}
+    return {"commit": commit, "changed_files": (git("status", "--porcelain") or "").splitlines()}

@@ -1,0 +1,328 @@
+"""The one loop: build, resume, train, save, stop. Read it top to bottom.
+
+Every rank runs this file. What differs between tasks is in ``tasks``, between ways to spread a model in ``engines``, between
+formats in ``data``; the loop names none of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from nepa_dist.checkpoint.portable import CheckpointError
+from nepa_dist.checkpoint.store import CheckpointStore
+from nepa_dist.config import Config, ConfigError, Plan, changed_keys, make_plan
+from nepa_dist.data.containers import Container, open_container
+from nepa_dist.data.device import to_device
+from nepa_dist.data.loader import Batch, TrainLoader
+from nepa_dist.engines.base import Engine, build_engine
+from nepa_dist.engines.mesh import World, join_world, leave_world
+from nepa_dist.guard import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, RunAborted, RunLock, StopFlag, count_bad_samples, count_skip
+from nepa_dist.keyed import keyed_seed
+from nepa_dist.optim import learning_rate
+from nepa_dist.reporting import Reporter, StepReport
+from nepa_dist.run_folder import append_start, describe_start, versions
+from nepa_dist.state import TrainState
+from nepa_dist.tasks.base import Task
+from nepa_dist.tasks.pretrain import PretrainTask
+from nepa_dist.visualize import plot_curves
+
+logger = logging.getLogger(__name__)
+
+
+def main(config: Config) -> int:
+    """Train one run on this rank, from wherever its folder says it stands.
+
+    Args:
+        config: the run; ``config.run_dir`` exists or can be made.
+
+    Returns:
+        0 when the last step is done and saved, 75 when a signal stopped the run and it was saved, 1 when it had to give up.
+
+    Raises:
+        ConfigError: the configuration, the data and what is in the run folder do not fit together.
+        DataError: the data cannot be opened.
+    """
+    with StopFlag() as stop:
+        world = join_world(config.engine, config.cluster.world_size)
+        try:
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            with RunLock(config.run_dir) if world.is_main else nullcontext():
+                return _run(config, world, stop)
+        except RunAborted as error:
+            logger.error("%s", error)
+            return EXIT_FAILED
+        finally:
+            leave_world()
+
+
+@dataclass
+class Run:
+    """What the loop works with."""
+
+    config: Config
+    plan: Plan
+    world: World
+    task: Task
+    engine: Engine
+    store: CheckpointStore
+    state: TrainState
+    container: Container
+
+
+def _run(config: Config, world: World, stop: StopFlag) -> int:
+    container = open_container(config.data.source, "train", image_size=config.model.image_size)
+    plan = make_plan(config, len(container))
+    task = PretrainTask(config.model, config.objective, seed=config.seed)
+    engine = build_engine(task, config, plan, world.device)
+    options = config.checkpoint
+    store = CheckpointStore(
+        config.run_dir / "checkpoints",
+        keep_last=options.keep_last,
+        keep_every=options.keep_every,
+        shard_bytes=options.shard_bytes,
+    )
+    run = Run(config, plan, world, task, engine, store, TrainState(), container)
+    try:
+        notes = resume(run)
+        reporter = Reporter(config, plan, world, run.state)
+        try:
+            if run.state.step >= plan.steps:
+                reporter.event(f"this run is finished: {config.run_dir} holds all {plan.steps} steps; nothing to do")
+                return EXIT_DONE
+            _announce(run, reporter, notes)
+            code = train(run, reporter, stop)
+            _draw(run, reporter)
+        except RunAborted as error:
+            reporter.event(str(error))
+            return EXIT_FAILED
+        finally:
+            reporter.close()
+        return code
+    finally:
+        engine.close()
+
+
+def train(run: Run, reporter: Reporter, stop: StopFlag) -> int:
+    """Run updates until the last one or until a signal; returns the exit code."""
+    config, plan, state = run.config, run.plan, run.state
+    loader = _open_loader(run)
+    batches = iter(loader)
+    pending: StepReport | None = None
+    bad: dict[str, str] = {}
+    try:
+        while True:
+            report = update(run, batches, bad, stop)
+            stopping = _settle(run, reporter, pending, bad)
+            pending = report
+            done = state.step >= plan.steps
+            if done or stopping or state.step % config.checkpoint.every == 0:
+                stopping |= _settle(run, reporter, pending, bad)
+                pending = None
+                saved = save(run, reporter)
+                if done or stopping:
+                    return _finish(run, reporter, done, saved, stop)
+    finally:
+        loader.close()
+
+
+def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFlag) -> StepReport:
+    """One optimizer update over the global batch. Nothing in it waits for the device.
+
+    Args:
+        run: the run; its state advances by one step.
+        batches: micro-batches of this rank, in order.
+        bad: unreadable images are added, name to reason.
+        stop: whether this rank was asked to stop rides in the report.
+    """
+    config, plan, state, world = run.config, run.plan, run.state, run.world
+    lr = learning_rate(state.step, plan, config.optim)
+    for group in run.engine.param_groups:
+        group["lr"] = lr
+    observe = (state.step + 1) % config.metrics.collapse_every == 0
+    run.task.train()
+    run.task.begin_step(state.step, observe=observe)
+    # Whatever draws random numbers on the device repeats them after a resume: nothing to save.
+    torch.manual_seed(keyed_seed(config.seed, "step", state.step, world.rank))
+    means: dict[str, torch.Tensor] = {}
+    known, data_wait = len(bad), 0.0
+    for micro in range(plan.grad_accum_steps):
+        start = time.perf_counter()
+        batch = next(batches)
+        data_wait += time.perf_counter() - start
+        bad.update({sample.name: sample.reason for sample in batch.bad if sample.name not in run.state.bad_samples})
+        inputs = to_device(batch, world.device, config.data.mean, config.data.std)
+        loss, logs = run.engine.model(inputs)
+        run.engine.backward(loss, last=micro == plan.grad_accum_steps - 1)
+        for name, value in {"loss": loss, **logs}.items():
+            share = value.detach() / plan.grad_accum_steps
+            means[name] = means[name] + share if name in means else share
+    result = run.engine.step()
+    state.advance(config.global_batch_size)
+    return StepReport(
+        world,
+        step=state.step,
+        lr=lr,
+        result=result,
+        means=means,
+        gauges=run.task.health(world.all_reduce) if observe else {},
+        stop=stop.is_set,
+        bad=len(bad) - known,
+        data_wait=data_wait,
+    )
+
+
+def _settle(run: Run, reporter: Reporter, report: StepReport | None, bad: dict[str, str]) -> bool:
+    """Read a finished step's scalars, account for it, log it; returns whether any rank was asked to stop."""
+    if report is None:
+        return False
+    values = report.read()
+    if values.pop("bad"):
+        # All ranks see the same sum, so all of them take part. This is rare: each image counts once in a run.
+        found = {name: reason for part in run.world.gather(dict(bad)) for name, reason in part.items()}  # type: ignore[attr-defined]
+        for name, reason in count_bad_samples(run.state, found, run.config.data.max_bad_samples).items():
+            reporter.event(f"unreadable image replaced: {name}: {reason}")
+        bad.clear()
+    stopping = values.pop("stop") > 0
+    applied = values["applied"] > 0
+    if not applied:
+        reporter.event(f"step {report.step} skipped: gradient norm {values['grad_norm']}, loss {values['loss']}")
+    count_skip(run.state, applied, run.config.guard.max_consecutive_skips)
+    reporter.count(report)
+    every, last = run.config.metrics.every, report.step == run.plan.steps
+    if report.step % every == 0 or last or "prediction_cosine" in values:
+        reporter.log(report, values)
+    return stopping
+
+
+def resume(run: Run) -> list[str]:
+    """Load the newest checkpoint that verifies, if there is one; returns sentences about what was found.
+
+    Raises:
+        ConfigError: the checkpoint belongs to other settings or other data; every difference is listed.
+    """
+    notes: list[str] = []
+    path = None
+    if run.world.is_main:
+        notes += [f"removed the leftover {name} of an interrupted save" for name in run.store.sweep()]
+        found = run.store.latest()
+        notes += [f"passed over the damaged checkpoint {bad}: {reason}" for bad, reason in found.passed_over]
+        path = found.path
+    path = run.world.gather(path)[0]
+    if path is None:
+        return notes
+    # Rank 0 has just read every byte to verify it; the others need not.
+    manifest, reader = run.store.open(path, check_digests=False)  # type: ignore[arg-type]
+    meta = manifest.meta
+    problems = [f"{key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in changed_keys(meta["config"], run.config)]
+    if meta["data_fingerprint"] != run.container.fingerprint:
+        problems.append(f"data.source: {run.config.data.source} holds other images than those the run began with")
+    if problems:
+        raise ConfigError([f"{path} was made with other settings; use another --name or the same settings", *problems])
+    run.engine.load_named_state(reader)
+    run.state = TrainState.from_dict(meta["state"])
+    run.state.restarts += 1
+    return [*notes, f"continuing from {path}, step {run.state.step}"]
+
+
+def save(run: Run, reporter: Reporter) -> bool:
+    """Write a checkpoint from all ranks; returns whether it is on disk. A failure is counted and training may go on."""
+    start = time.perf_counter()
+    problem: str | None = None
+    entries = run.engine.named_state()
+    if run.world.is_main:
+        meta = {
+            "state": run.state.to_dict(),
+            "config": run.config.model_dump(mode="json"),
+            "config_digest": run.config.digest(),
+            "data_fingerprint": run.container.fingerprint,
+            "world_size": run.world.world_size,
+            "versions": versions(),
+        }
+        try:
+            run.store.save(run.state.step, entries, meta)
+        except CheckpointError as error:
+            problem = str(error)
+    else:
+        for _ in entries:  # takes part in the collectives
+            pass
+    problem = run.world.gather(problem)[0]  # type: ignore[assignment]
+    if problem is not None:
+        run.state.checkpoint_failures += 1
+        reporter.event(f"checkpoint at step {run.state.step} failed: {problem}")
+    reporter.saved(time.perf_counter() - start)
+    return problem is None
+
+
+def _finish(run: Run, reporter: Reporter, done: bool, saved: bool, stop: StopFlag) -> int:
+    if not saved:
+        newest = max(run.store.steps(), default=0)
+        reporter.event(f"ending without the checkpoint of step {run.state.step}; the newest one is of step {newest}")
+        return EXIT_FAILED
+    if done:
+        reporter.event(f"finished {run.plan.steps} steps")
+        return EXIT_DONE
+    signal_name = stop.signal_name or "a signal to another rank"
+    reporter.event(f"stopped by {signal_name}; step {run.state.step} is saved, the same command continues")
+    return EXIT_AGAIN
+
+
+def _open_loader(run: Run) -> TrainLoader:
+    return TrainLoader(
+        run.container,
+        run.config.data,
+        image_size=run.config.model.image_size,
+        seed=run.config.seed,
+        global_batch_size=run.config.global_batch_size,
+        micro_batch_size=run.plan.micro_batch_size,
+        rank=run.world.rank,
+        world_size=run.world.world_size,
+        start_step=run.state.step,
+        num_steps=run.plan.steps,
+        local_world_size=run.world.local_world_size,
+        pin_memory=run.world.device.type == "cuda",
+    )
+
+
+def _announce(run: Run, reporter: Reporter, notes: list[str]) -> None:
+    for note in notes:
+        reporter.event(note)
+    if not run.world.is_main:
+        return
+    plan, expected, endpoint = run.plan, run.config.data.expected_num_samples, None
+    if expected not in (None, plan.num_samples):
+        reporter.event(f"{run.config.data.source} holds {plan.num_samples} images; data.expected_num_samples is {expected}")
+    if reporter.prometheus_port is not None:
+        endpoint = f"http://{run.config.metrics.prometheus_address}:{reporter.prometheus_port}/metrics"
+        reporter.event(f"metrics at {endpoint}")
+    reporter.event(
+        f"{run.config.run_dir}: {plan.num_samples} images, {plan.steps} steps of {run.config.global_batch_size} = "
+        f"{run.world.world_size} ranks x {plan.micro_batch_size} x {plan.grad_accum_steps}, {run.config.engine.precision}, "
+        f"{run.world.device.type}"
+    )
+    facts = {
+        "seed": run.config.seed,
+        "world_size": run.world.world_size,
+        "device": run.world.device.type,
+        "precision": run.config.engine.precision,
+        "from_step": run.state.step,
+        "config_digest": run.config.digest(),
+        "data_fingerprint": run.container.fingerprint,
+        "metrics_endpoint": endpoint,
+    }
+    append_start(run.config.run_dir, describe_start(**facts))
+
+
+def _draw(run: Run, reporter: Reporter) -> None:
+    if not run.world.is_main:
+        return
+    try:
+        for path in plot_curves(run.config.run_dir):
+            reporter.event(f"drew {path}")
+    except (OSError, ValueError) as error:
+        reporter.event(f"no pictures: {error}")
