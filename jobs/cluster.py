@@ -157,6 +157,8 @@ def _wait(ranks: Sequence[Rank], received: deque[int], grace_seconds: float) -> 
         if not failed:
             failed = [rank for rank, code in zip(ranks, codes, strict=True) if code not in (None, FINISHED, STOPPED)]
             if failed:
+                # One that a signal ended did not fail because another went away; an error may have that reason.
+                failed.sort(key=lambda rank: rank.process.returncode > 0)
                 _report(failed, len(running), grace_seconds)
                 _send(running, signal.SIGTERM)
                 kill_at = time.monotonic() + grace_seconds
@@ -168,6 +170,9 @@ def _wait(ranks: Sequence[Rank], received: deque[int], grace_seconds: float) -> 
             _send(running, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
     if failed:
+        first = failed[0]
+        # Once more, at the end: the errors of the ranks that lost it may have come in between.
+        print(f"the run failed: rank {first.number} {describe_exit(first.process.returncode)}", file=sys.stderr, flush=True)
         return max(1, failed[0].process.returncode)
     return max(rank.process.returncode for rank in ranks)
 

@@ -22,7 +22,7 @@ if not __package__:  # started as a file: the folder above holds both packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from jobs import cluster
-from nepa_dist.config import Config, ConfigError, Section, changed_keys, load_config
+from nepa_dist.config import Config, ConfigError, Section, changed_keys, load_config, make_plan
 from nepa_dist.report import build_report
 from nepa_dist.run_folder import write_text
 
@@ -219,6 +219,11 @@ def check_data(
     note = f"counted in {source}"
     if expected and expected != count:
         note += f" (the recipe expects {expected:,}; the counted number is used)"
+    try:
+        if config:
+            make_plan(config, count)
+    except ConfigError as error:
+        return None, "", error.problems
     return count, note, []
 
 

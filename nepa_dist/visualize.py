@@ -165,14 +165,13 @@ def _skipped_steps(rows: Sequence[Mapping[str, float]]) -> list[float]:
 
 
 def _moving_average(values: Sequence[float]) -> list[float]:
-    """Mean over about 1 % of the points on either side, the same number on both so that it does not lag; NaN stays NaN."""
+    """Mean over about 1 % of the points on either side, so that it does not lag behind; NaN stays NaN and counts nowhere."""
     import numpy as np
 
     y = np.asarray(values)
     valid = ~np.isnan(y)
     total, count = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(valid, y, 0.0), valid))
-    index = np.arange(len(y))
-    half = np.minimum(np.minimum(index, index[::-1]), max(2, len(y) // 100))
-    low, high = index - half, index + half + 1
+    index, half = np.arange(len(y)), max(2, len(y) // 100)
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(y))
     mean = (total[high] - total[low]) / np.maximum(count[high] - count[low], 1)
     return [float(value) for value in np.where(valid, mean, np.nan)]

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ def default_num_workers(local_world_size: int) -> int:
 class _Loader:
     """A DataLoader whose keys are whole batches, with workers that are deaf to signals and always end.
 
-    A loader can be iterated again; that ends an iteration that is under way.
+    A loader can be iterated again, which ends an iteration that is under way.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class _Loader:
     ) -> None:
         self.num_workers = num_workers
         self._batches: Iterator[Batch | DataError] | None = None
+        self._num_starts = 0
         self._loader: DataLoader[Batch | DataError] = DataLoader(
             dataset,
             batch_size=None,  # one key is one batch
@@ -104,35 +105,43 @@ class _Loader:
         )
         self._close_at_exit = _closer(weakref.ref(self))
 
-    def __iter__(self) -> Self:
+    def __iter__(self) -> Iterator[Batch]:
+        """Start the workers at once and give an iterator over the batches."""
         self.close()
         # Ignored signals make a worker outlive the terminate() that ends forgotten ones at exit, so exit closes first.
         atexit.register(self._close_at_exit)
         with _blocked_signals():
             self._batches = iter(self._loader)
-        return self
+        self._num_starts += 1
+        return self._stream(self._num_starts)
 
-    def __next__(self) -> Batch:
-        if self._batches is None:
-            raise StopIteration
-        try:
-            batch = next(self._batches)
-        except Exception:  # the end, or a worker that died
-            self.close()
-            raise
-        if isinstance(batch, DataError):
-            self.close()
-            raise batch
-        return batch
+    def _stream(self, start: int) -> Iterator[Batch]:
+        while self._batches is not None and start == self._num_starts:
+            try:
+                batch = next(self._batches)
+            except StopIteration:
+                self.close()
+                return
+            except Exception:  # a worker died
+                self.close()
+                raise
+            if isinstance(batch, DataError):
+                self.close()
+                raise batch
+            yield batch
 
     def close(self) -> None:
         """End the workers; what they had prepared is lost. Can be called at any time and more than once."""
         atexit.unregister(self._close_at_exit)
-        workers = list(getattr(self._batches, "_workers", ()))
-        self._batches = None  # the last reference: torch asks the workers to end and waits for each a few seconds
-        for worker in workers:
+        batches, self._batches = self._batches, None
+        if (shutdown := getattr(batches, "_shutdown_workers", None)) is None:
+            return  # not started, or no workers
+        # Explicit, because the traceback of an error can keep the iterator alive. It waits some seconds for each worker.
+        shutdown()
+        for worker in batches._workers:  # type: ignore[union-attr]
             if worker.is_alive():  # stuck in a read
                 worker.kill()
+                worker.join()
 
 
 class TrainLoader(_Loader):

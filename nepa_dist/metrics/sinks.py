@@ -141,23 +141,26 @@ class ConsoleSink:
     Args:
         total_steps: the last step of the run.
         start_step: where this process starts; the bar begins there.
-        stream: where to write.
+        stream: where to write; default: stderr.
     """
 
     name = "console"
 
-    def __init__(self, total_steps: int, start_step: int, stream: TextIO = sys.stderr) -> None:
+    def __init__(self, total_steps: int, start_step: int, stream: TextIO | None = None) -> None:
         self._total = total_steps
-        self._stream = stream
-        self._bar = _progress_bar(total_steps, start_step, stream) if stream.isatty() else None
+        self._stream = stream or sys.stderr
+        self._bar = _progress_bar(total_steps, start_step, self._stream) if self._stream.isatty() else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Show one step; values that the line has no place for are left out."""
         fields = _format_fields(values)
+        if not fields:
+            return
         if self._bar is not None:
+            shown = [fields.pop("eta_seconds", ""), *fields.values()]  # the end is cut off where the terminal is narrow
             self._bar.start()
-            self._bar.update(self._bar.task_ids[0], completed=step, fields="  ".join(fields), refresh=True)
-        elif fields:
+            self._bar.update(self._bar.task_ids[0], completed=step, fields="  ".join(filter(None, shown)), refresh=True)
+        else:
             print(_format_line(step, self._total, fields), file=self._stream, flush=True)
 
     def event(self, message: str) -> None:
@@ -205,30 +208,31 @@ class LogSink:
         self._file.close()
 
 
-def _format_line(step: int, total: int, fields: Iterable[str]) -> str:
-    return "  ".join([f"step {step:>{len(str(total))}}/{total}", *fields])
+def _format_line(step: int, total: int, fields: Mapping[str, str]) -> str:
+    return "  ".join([f"step {step:>{len(str(total))}}/{total}", *fields.values()])
 
 
-def _format_fields(values: Mapping[str, float]) -> list[str]:
-    """The values that a person watches, as words; those not given are left out."""
-    fields = []
+def _format_fields(values: Mapping[str, float]) -> dict[str, str]:
+    """The values that a person watches, as words by their key; those not given are left out."""
+    fields = {}
     if "loss" in values:
-        fields.append(f"loss {values['loss']:.4f}")
+        fields["loss"] = f"loss {values['loss']:.4f}"
     if "grad_norm" in values:
-        fields.append(f"grad_norm {values['grad_norm']:.3g}")
+        fields["grad_norm"] = f"grad_norm {values['grad_norm']:.3g}"
     if "lr" in values:
         mantissa, _, exponent = f"{values['lr']:.2e}".partition("e")
-        fields.append(f"lr {mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if exponent else f"lr {mantissa}")
+        fields["lr"] = f"lr {mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if exponent else f"lr {mantissa}"
     if "images_per_second" in values:
         speed = values["images_per_second"]
-        fields.append(f"{speed:.0f} img/s" if speed >= 10 else f"{speed:.2g} img/s")
+        fields["images_per_second"] = f"{speed:.0f} img/s" if speed >= 10 else f"{speed:.2g} img/s"
     if values.get("step_seconds", 0) > 0 and "data_wait_seconds" in values:
-        fields.append(f"data wait {100 * values['data_wait_seconds'] / values['step_seconds']:.0f} %")
+        share = values["data_wait_seconds"] / values["step_seconds"]
+        fields["data_wait_seconds"] = f"data wait {100 * share:.0f} %"
     if values.get("applied", 1) == 0:
-        fields.append("SKIPPED")
+        fields["applied"] = "SKIPPED"
     if "eta_seconds" in values:
         eta = values["eta_seconds"]
-        fields.append(f"eta {timedelta(seconds=round(eta)) if math.isfinite(eta) else '?'}")
+        fields["eta_seconds"] = f"eta {timedelta(seconds=round(eta)) if math.isfinite(eta) else '?'}"
     return fields
 
 
@@ -245,7 +249,7 @@ def _progress_bar(total: int, start: int, stream: TextIO) -> Progress | None:
     if not console.is_terminal or console.is_dumb_terminal:
         return None
     progress = Progress(
-        TextColumn("step {task.completed}/{task.total}", table_column=Column(no_wrap=True)),
+        TextColumn("step {task.completed}/{task.total}", table_column=Column(no_wrap=True, min_width=6 + 2 * len(str(total)))),
         BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=5)),
         TextColumn("{task.fields[fields]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
         console=console,

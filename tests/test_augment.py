@@ -1,0 +1,139 @@
+"""Augmentation: torchvision's semantics, Pillow's pixels, no hidden state."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nepa_dist.config import AugmentConfig
+from nepa_dist.data.augment import augment, augment_mask, random_flip, random_resized_crop_box
+
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+def _photo(height: int = 75, width: int = 100) -> np.ndarray:
+    """A smooth picture with some noise; no two rows or columns are alike."""
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([np.sin(x / 9 + y / 31), np.cos(y / 7), np.sin((x + y) / 13)], -1)
+    noise = np.random.RandomState(0).uniform(-20, 20, waves.shape)
+    return np.clip(128 + 100 * waves + noise, 0, 255).astype(np.uint8)
+
+
+def _torchvision_box(rng: random.Random, width: int, height: int) -> tuple[int, int, int, int]:
+    """RandomResizedCrop.get_params as its documentation describes it, with another source of randomness."""
+    for _ in range(10):
+        area = width * height * rng.uniform(*SCALE)
+        aspect = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.randint(0, width - w), rng.randint(0, height - h), w, h
+    raise AssertionError("the sizes used here always fit within ten attempts")
+
+
+def test_boxes_follow_torchvision_in_range_and_distribution() -> None:
+    width, height, num = 500, 375, 2000
+    boxes = np.array([random_resized_crop_box(width, height, 1, 0, i, SCALE, RATIO) for i in range(num)], float)
+    x, y, w, h = boxes.T
+    assert (x >= 0).all()
+    assert (y >= 0).all()
+    assert (x + w <= width).all()
+    assert (y + h <= height).all()
+    share, ratio = w * h / (width * height), w / h
+    assert share.min() > 0.078
+    assert share.min() < 0.1
+    assert share.max() > 0.97
+    assert ratio.min() > 0.74
+    assert ratio.max() < 1.35
+    rng = random.Random(0)
+    wanted = np.array([_torchvision_box(rng, width, height) for _ in range(num)], float)
+    for name, values, other in (
+        ("area", share, wanted[:, 2] * wanted[:, 3] / (width * height)),
+        ("log ratio", np.log(ratio), np.log(wanted[:, 2] / wanted[:, 3])),
+        ("centre x", x + w / 2, wanted[:, 0] + wanted[:, 2] / 2),
+        ("centre y", y + h / 2, wanted[:, 1] + wanted[:, 3] / 2),
+    ):
+        error = math.sqrt((values.var() + other.var()) / num)
+        assert abs(values.mean() - other.mean()) < 4 * error, name
+        assert values.std() == pytest.approx(other.std(), rel=0.1), name
+
+
+@pytest.mark.parametrize(("width", "height", "box"), [(1000, 20, (486, 0, 27, 20)), (20, 1000, (0, 486, 20, 27))])
+def test_an_extreme_image_falls_back_to_the_central_crop(width: int, height: int, box: tuple[int, ...]) -> None:
+    # Only the full area is allowed, and with these shapes no ratio in the range gives it.
+    assert random_resized_crop_box(width, height, 0, 0, 0, (1.0, 1.0), RATIO) == box
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 4000), (4000, 8), (9, 17)])
+def test_every_image_size_gives_a_box_inside_and_an_output(size: tuple[int, int]) -> None:
+    height, width = size
+    image = np.full((height, width, 3), 77, np.uint8)
+    for crop in ("random_resized", "center"):
+        for sample in range(20):
+            out = augment(image, AugmentConfig(crop=crop), image_size=32, seed=0, epoch=0, sample_id=sample)
+            assert out.shape == (32, 32, 3)
+            assert (out == 77).all()
+
+
+def test_pixels_are_pillows_crop_and_resize() -> None:
+    image, config = _photo(), AugmentConfig()
+    flips = []
+    for sample in range(30):
+        x, y, w, h = random_resized_crop_box(100, 75, 4, 2, sample, config.scale, config.ratio)
+        wanted = Image.fromarray(image).crop((x, y, x + w, y + h)).resize((48, 48), Image.Resampling.BILINEAR)
+        flips.append(random_flip(4, 2, sample, 0.5))
+        pixels = np.asarray(wanted)[:, ::-1] if flips[-1] else np.asarray(wanted)
+        out = augment(image, config, image_size=48, seed=4, epoch=2, sample_id=sample)
+        assert out.dtype == np.uint8
+        np.testing.assert_array_equal(out, pixels)
+    assert {True, False} == set(flips)
+
+
+def test_flip_has_its_probability_and_does_not_follow_the_box() -> None:
+    flips = np.array([random_flip(0, 0, i, 0.3) for i in range(3000)])
+    assert flips.mean() == pytest.approx(0.3, abs=0.03)
+    left = np.array([random_resized_crop_box(500, 375, 0, 0, i, SCALE, RATIO)[0] for i in range(3000)])
+    assert abs(np.corrcoef(flips, left)[0, 1]) < 0.06
+    assert not any(random_flip(0, 0, i, 0.0) for i in range(100))
+    assert all(random_flip(0, 0, i, 1.0) for i in range(100))
+
+
+def test_the_key_decides_and_nothing_else() -> None:
+    image, config = _photo(), AugmentConfig()
+    base = {"image_size": 32, "seed": 1, "epoch": 2, "sample_id": 3}
+    first = augment(image, config, **base)
+    np.random.seed(99)
+    random.seed(99)
+    np.testing.assert_array_equal(first, augment(image, config, **base))
+    for key in ("seed", "epoch", "sample_id"):
+        assert not np.array_equal(first, augment(image, config, **(base | {key: 7}))), key
+
+
+def test_center_is_the_short_side_and_the_middle() -> None:
+    image = _photo(60, 120)
+    config = AugmentConfig(crop="center")
+    keys = {"seed": 0, "epoch": 0, "sample_id": 0}
+    whole = Image.fromarray(image).resize((60, 30), Image.Resampling.BILINEAR).crop((15, 0, 45, 30))
+    np.testing.assert_array_equal(augment(image, config, image_size=30, **keys), np.asarray(whole))
+    np.testing.assert_array_equal(augment(image, config, image_size=60, **keys), image[:, 30:90])
+    # A size that does not divide: torchvision rounds the long side and the offset, so pixels agree only nearly.
+    odd = _photo(75, 100)
+    resized = Image.fromarray(odd).resize((int(32 * 100 / 75), 32), Image.Resampling.BILINEAR)
+    other = np.asarray(resized)[:, 5:37].astype(float)
+    assert np.abs(augment(odd, config, image_size=32, **keys) - other).mean() < 6
+
+
+@pytest.mark.parametrize("crop", ["random_resized", "center"])
+def test_a_mask_is_cut_like_its_image(crop: str) -> None:
+    height, width = 60, 90
+    mask = (np.mgrid[:height, :width][1] // 10).astype(np.uint8)
+    image = np.repeat((mask * 28)[..., None], 3, -1)
+    for sample in range(10):
+        keys = {"image_size": 64, "seed": 0, "epoch": 0, "sample_id": sample}
+        cut = augment_mask(mask, AugmentConfig(crop=crop), **keys)
+        assert cut.shape == (64, 64)
+        assert cut.dtype == np.uint8
+        pixels = augment(image, AugmentConfig(crop=crop), **keys)[..., 0]
+        # Only pixels at an edge between two classes are mixed.
+        assert (np.abs(pixels / 28 - cut) < 0.51).all()

@@ -1,0 +1,111 @@
+"""The embedded digit scenes: pure, labelled, and with no digit in both splits."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from nepa_dist.data.containers import DataError, open_container
+from nepa_dist.data.digits import BACKGROUND, NUM_SCENES, DigitScenes
+
+
+def test_open_container_gives_the_scenes() -> None:
+    for split in ("train", "val"):
+        container = open_container("digits", split, image_size=48)
+        assert len(container) == NUM_SCENES[split]
+        assert container.class_names == [str(i) for i in range(10)]
+        assert container.name(7) == f"digits/{split}/7"
+        sample = container.read(7)
+        assert isinstance(sample.image, np.ndarray)
+        assert (sample.image.shape, sample.image.dtype) == ((48, 48, 3), np.uint8)
+        assert sample.mask is not None
+        assert sample.mask.shape == (48, 48)
+
+
+def test_a_scene_depends_on_split_and_index_alone() -> None:
+    first = DigitScenes("train", 64)
+    wanted = [first.read(i) for i in (5, 19_999, 5)]
+    again = pickle.loads(pickle.dumps(DigitScenes("train", 64)))
+    for index, sample in zip((5, 19_999, 5), wanted, strict=True):
+        other = again.read(index)
+        np.testing.assert_array_equal(sample.image, other.image)
+        np.testing.assert_array_equal(sample.mask, other.mask)
+        assert sample.label == other.label
+    assert not np.array_equal(wanted[0].image, wanted[1].image)
+    assert not np.array_equal(wanted[0].image, DigitScenes("val", 64).read(5).image)
+
+
+def test_no_digit_is_in_both_splits() -> None:
+    sources = {}
+    for split in ("train", "val"):
+        scenes = DigitScenes(split, 32)
+        sources[split] = {glyph.source for i in range(2000) for glyph in scenes.scene(i).glyphs}
+    assert max(sources["train"]) < 1437 <= min(sources["val"])
+    assert max(sources["val"]) <= 1796
+    assert len(sources["train"]) > 1300
+    assert len(sources["val"]) == 360
+
+
+def test_the_mask_agrees_with_the_label_and_the_picture() -> None:
+    scenes = DigitScenes("train", 64)
+    for index in range(60):
+        sample, scene = scenes.read(index), scenes.scene(index)
+        assert sample.mask is not None
+        assert set(np.unique(sample.mask)) <= set(range(BACKGROUND + 1))
+        counts = np.bincount(sample.mask.ravel(), minlength=BACKGROUND + 1)
+        assert counts[:BACKGROUND].argmax() == sample.label
+        # Inside the box of the large digit, which is painted last, its ink has the ink's colour.
+        main = scene.glyphs[-1]
+        x, y, size = (round(v * 64) for v in (main.x, main.y, main.size))
+        ink = sample.mask[y : y + size, x : x + size] == sample.label
+        pixels = sample.image[y : y + size, x : x + size][ink].astype(float)
+        assert np.median(np.abs(pixels - np.array(main.colour) * 255)) < 12
+
+
+def test_composition_keeps_its_promises() -> None:
+    scenes = DigitScenes("val", 32)
+    labels = []
+    for index in range(500):
+        *small, main = scenes.scene(index).glyphs
+        labels.append(scenes.read(index).label)
+        assert 2 <= len(small) <= 4
+        assert 0.45 <= main.size <= 0.75
+        for glyph in (*small, main):
+            assert 0 <= glyph.x <= 1 - glyph.size
+            assert 0 <= glyph.y <= 1 - glyph.size
+        for glyph in small:
+            assert 0.15 <= glyph.size <= 0.25
+            cx, cy = main.x + main.size / 2, main.y + main.size / 2
+            assert not (glyph.x < cx < glyph.x + glyph.size and glyph.y < cy < glyph.y + glyph.size)
+    assert np.bincount(labels, minlength=10).min() > 25
+
+
+def test_ink_stands_out_from_the_background() -> None:
+    scenes = DigitScenes("train", 64)
+    for index in range(100):
+        sample = scenes.read(index)
+        gray = sample.image.astype(float) @ (0.299, 0.587, 0.114)
+        contrast = abs(gray[sample.mask == sample.label].mean() - gray[sample.mask == BACKGROUND].mean())
+        assert contrast > 35, index
+
+
+@pytest.mark.parametrize("size", [32, 33, 50, 224])
+def test_the_same_picture_at_every_size(size: int) -> None:
+    small, large = DigitScenes("train", size).read(11), DigitScenes("train", 128).read(11)
+    assert small.label == large.label
+    assert small.mask is not None
+    assert large.mask is not None
+    assert (small.mask == small.label).mean() == pytest.approx((large.mask == large.label).mean(), abs=0.04)
+    assert np.abs(small.image.mean((0, 1)) - large.image.mean((0, 1))).max() < 6
+
+
+def test_fingerprint_tells_the_splits_apart() -> None:
+    assert DigitScenes("train", 32).fingerprint == DigitScenes("train", 64).fingerprint != DigitScenes("val", 32).fingerprint
+
+
+def test_limits() -> None:
+    with pytest.raises(DataError, match="at least 32 pixels, got 28"):
+        DigitScenes("train", 28)
+    for index in (-1, 2000):
+        with pytest.raises(IndexError):
+            DigitScenes("val", 32).read(index)

@@ -1,0 +1,380 @@
+"""The command line as a user meets it: what starts, what is refused and in which words, and that it answers without torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from jobs import cluster, submit
+from nepa_dist.config import Config, load_config
+from nepa_dist.report import build_report
+
+CONFIGS = cluster.REPO_ROOT / "configs"
+RECIPES = submit.recipe_names("pretrain")
+DATA = submit.recipe_names("data")
+ABLATIONS = submit.recipe_names("ablate")
+
+
+class Started:
+    """Records what would have been started."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Path, int, Config]] = []
+        self.code = 0
+
+    def __call__(self, run_dir: Path, world_size: int) -> int:
+        self.calls.append((run_dir, world_size, load_config([run_dir / "config.yaml"])))
+        return self.code
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Started:
+    """Nothing really starts; the working folder is empty."""
+    monkeypatch.chdir(tmp_path)
+    record = Started()
+    monkeypatch.setattr(cluster, "run_local", record)
+    return record
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder with three images."""
+    for name in ("a", "b", "c"):
+        (tmp_path / "images" / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "images" / "train" / name / "x.png")
+    return tmp_path / "images"
+
+
+def submit_ok(*args: str) -> None:
+    assert submit.main(["pretrain", *args]) == 0
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(started: Started, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Submit, expect a refusal, return its text."""
+
+    def run(*args: str) -> str:
+        before = len(started.calls)
+        capsys.readouterr()
+        assert submit.main(["pretrain", *args]) == 2
+        assert len(started.calls) == before
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_a_local_run_starts_in_its_own_folder_with_its_configuration(started: Started, tmp_path: Path) -> None:
+    submit_ok("vit_tiny", "--cluster", "local", "--data", "digits")
+    ((run_dir, world_size, config),) = started.calls
+    assert run_dir == tmp_path / "runs" / "pretrain-vit_tiny-digits"
+    assert world_size == 1
+    assert (config.model.preset, config.data.source, config.model.image_size) == ("vit_tiny", "digits", 64)
+    assert config.run_dir == run_dir
+    assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
+
+
+def test_options_reach_the_configuration(started: Started, tmp_path: Path) -> None:
+    submit_ok("vit_tiny", "--data", "digits", "--gpus-per-node", "2", "--engine", "ddp", "--name", "mine", "--set", "steps=7")
+    ((run_dir, world_size, config),) = started.calls
+    assert (run_dir.name, world_size, config.cluster.gpus_per_node, config.engine.name, config.steps) == (
+        "mine",
+        2,
+        2,
+        "ddp",
+        7,
+    )
+
+
+def test_run_dir_is_the_folder_itself(started: Started, tmp_path: Path) -> None:
+    submit_ok("vit_tiny", "--data", "digits", "--run-dir", "deep/er/place")
+    assert started.calls[0][0] == tmp_path / "deep" / "er" / "place"
+    assert started.calls[0][2].name == "place"
+
+
+def test_a_data_folder_is_made_absolute_and_names_the_run(started: Started, images: Path) -> None:
+    submit_ok("vit_tiny", "--data", "images")
+    ((run_dir, _, config),) = started.calls
+    assert config.data.source == str(images)
+    assert run_dir.name == "pretrain-vit_tiny-images"
+
+
+def test_a_data_folder_with_odd_characters_is_taken_literally(started: Started, images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a: [b] #\U0001f600"
+    images.rename(folder)
+    submit_ok("vit_tiny", "--data", str(folder))
+    assert started.calls[0][2].data.source == str(folder)
+
+
+def test_later_layers_win(started: Started, tmp_path: Path) -> None:
+    """Recipe < data < cluster < --config in order < options < --set."""
+    (tmp_path / "one.yaml").write_text("global_batch_size: 32\nsteps: 1\ncluster: {gpus_per_node: 4}")
+    (tmp_path / "two.yaml").write_text("steps: 2\nepochs: 3")
+    files = ("--config", "one.yaml", "--config", "two.yaml")
+    submit_ok("vit_tiny", "--data", "digits", *files, "--gpus-per-node", "2", "--set", "epochs=4", "--set", "epochs=5")
+    config = started.calls[0][2]
+    assert (config.model.preset, config.global_batch_size, config.steps, config.epochs) == ("vit_tiny", 32, 2, 5)
+    assert config.cluster.gpus_per_node == 2
+    assert config.optim.ema_decay == load_config([CONFIGS / "data" / "digits.yaml"]).optim.ema_decay
+
+
+def test_the_exit_code_of_the_run_is_passed_on(started: Started, capsys: pytest.CaptureFixture[str]) -> None:
+    started.code = 75
+    assert submit.main(["pretrain", "vit_tiny", "--data", "digits"]) == 75
+    assert "the same command continues" in capsys.readouterr().err
+
+
+def test_the_same_command_resumes_and_reporting_may_change(started: Started, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("vit_tiny", "--data", "digits", "--set")
+    submit_ok(*command, "metrics.every=5")
+    assert "starting" in capsys.readouterr().out
+    submit_ok(*command, "metrics.every=50", "--gpus-per-node", "2")
+    out = capsys.readouterr().out
+    assert "resuming" in out
+    assert "metrics.every: 5 -> 50" in out
+    first, second = started.calls
+    assert first[0] == second[0]
+    assert (second[1], second[2].metrics.every) == (2, 50)
+
+
+def test_other_settings_in_the_same_folder_are_refused_key_by_key(started: Started, refused: Refused) -> None:
+    command = ("vit_tiny", "--data", "digits")
+    submit_ok(*command)
+    saved = (started.calls[0][0] / "config.yaml").read_text()
+    text = refused(*command, "--set", "optim.base_lr=1", "--set", "objective.shift=false", "--set", "metrics.every=77")
+    assert "optim.base_lr: 0.004 -> 1.0" in text
+    assert "objective.shift: true -> false" in text
+    assert "--name" in text
+    assert "metrics.every" not in text, "it may differ, so it is not part of the problem"
+    assert (started.calls[0][0] / "config.yaml").read_text() == saved
+    submit_ok(*command, "--set", "optim.base_lr=1", "--name", "other")
+
+
+def test_a_folder_with_unreadable_settings_is_refused(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.yaml").write_text("a_key_of_long_ago: 1")
+    text = refused("vit_tiny", "--data", "digits", "--run-dir", "old")
+    assert "a_key_of_long_ago" in text
+    assert "--name" in text
+
+
+def test_two_launchers_in_one_folder_are_refused(started: Started, refused: Refused, tmp_path: Path) -> None:
+    submit_ok("vit_tiny", "--data", "digits", "--name", "busy")
+    with submit.locked(tmp_path / "runs" / "busy"):
+        assert "going on" in refused("vit_tiny", "--data", "digits", "--name", "busy")
+    submit_ok("vit_tiny", "--data", "digits", "--name", "busy")
+
+
+def test_all_problems_come_at_once(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    text = refused("vit_x", "--data", "nowhere", "--run-dir", "file/run", "--set", "optim.learning=1", "--set", "bad")
+    assert text.startswith("5 problems")
+    for words in ("'vit_x'", "nowhere", "optim.learning", "--set bad", str(tmp_path / "file")):
+        assert words in text
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["vit_hugee", "--data", "digits"], ["vit_hugee", "vit_tiny"]),
+        (["vit_bb", "--data", "digits"], ["did you mean 'vit_b'"]),
+        (["vit_b"], ["data.source", "--data"]),
+        (["vit_b", "--data", "nowhere"], ["nowhere"]),
+        (["vit_b", "--data", "digit"], ["digit", "did you mean digits"]),
+        (["vit_b", "--data", "empty"], ["empty", "no images"]),
+        (["vit_b", "--data", "digits", "--cluster", "moon"], ["moon", "local, slurm"]),
+        (["vit_b", "--data", "digits", "--nodes", "8"], ["--dry-run", "--cluster local"]),
+        (["vit_b", "--data", "digits", "--cluster", "slurm"], ["--dry-run", "--cluster local"]),
+        (["vit_b", "--data", "digits", "--nodes", "2", "--cluster", "local"], ["--gpus-per-node 2", "--cluster slurm"]),
+        (["vit_b", "--data", "digits", "--nodes", "0"], ["cluster.nodes"]),
+        (["vit_b", "--data", "digits", "--engine", "magic"], ["engine.name", "magic"]),
+        (["vit_b", "--data", "digits", "--name", "a/b"], ["name", "a/b"]),
+        (["vit_b", "--data", "digits", "--config", "none.yaml"], ["none.yaml"]),
+        (["vit_b", "--data", "digits", "--gpus-per-node", "3"], ["global_batch_size 64", "63 or 66"]),
+        (["vit_b", "--data", "digits", "--run-dir", "/proc/x"], ["/proc"]),
+    ],
+)
+def test_mistakes_are_named(args: list[str], words: list[str], refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    text = refused(*args)
+    for word in words:
+        assert word in text
+    assert "Traceback" not in text
+
+
+def test_a_folder_without_permission_is_refused(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may write everywhere
+    assert f"no permission to write in {tmp_path}" in refused("vit_b", "--data", "digits")
+
+
+def test_a_dry_run_describes_the_headline_run(started: Started, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    submit_ok("vit_l", "--nodes", "8", "--dry-run")
+    out = capsys.readouterr().out
+    assert re.search(r"global batch +4096 = world size 64 x micro-batch 64 x accumulation 1\n", out)
+    assert re.search(r"parameters +304,571,392", out)
+    assert re.search(r"training images +1,281,167", out)
+    assert re.search(r"peak learning rate +0\.0048 ", out)
+    assert "476.6 GFLOP with backward" in out
+    assert yaml.safe_load(out.partition("Configuration\n")[2])["cluster"] == {
+        "launcher": "slurm",
+        "nodes": 8,
+        "gpus_per_node": 8,
+    }
+    assert started.calls == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_counts_the_images_and_says_when_that_differs(
+    started: Started, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit_ok("vit_tiny", "--data", "images", "--dry-run")
+    out = capsys.readouterr().out
+    assert re.search(r"training images +3\n", out)
+    assert f"counted in {images}" in out
+    assert "1,281,167" in out
+
+
+def test_a_dry_run_for_a_cluster_accepts_data_that_is_out_of_reach(
+    started: Started, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit_ok("vit_b", "--nodes", "2", "--data", "/on/the/cluster", "--run-dir", "/proc/also/there", "--dry-run")
+    out = capsys.readouterr().out
+    assert "WARNING" in out
+    assert "/on/the/cluster" in out
+
+
+def test_a_dry_run_tells_a_resumed_folder_and_refuses_other_settings(
+    started: Started, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("vit_tiny", "--data", "digits")
+    submit_ok(*command)
+    submit_ok(*command, "--dry-run")
+    assert "would be resumed" in capsys.readouterr().out
+    assert "seed: 1337 -> 3" in refused(*command, "--set", "seed=3", "--dry-run")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "vit_l --nodes 8 --dry-run",
+        "vit_tiny --cluster local --data digits --dry-run",
+        "vit_x --data nowhere --set a=1",
+        "vit_b --nodes 8",
+    ],
+)
+def test_the_answer_needs_no_torch(args: str, tmp_path: Path) -> None:
+    code = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    print("torch" in sys.modules, end.code)
+"""
+    script = str(cluster.REPO_ROOT / "jobs" / "submit.py")
+    done = subprocess.run(
+        [sys.executable, "-c", code, script, "pretrain", *args.split()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == f"False {0 if 'dry-run' in args else 2}"
+    assert "Traceback" not in done.stderr
+
+
+def test_the_script_runs_from_any_folder_and_help_shows_examples(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "__init__.py").write_text("raise SystemExit('the wrong jobs')")
+    script = str(cluster.REPO_ROOT / "jobs" / "submit.py")
+    done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "python jobs/submit.py pretrain vit_l --nodes 8 --dry-run" in done.stdout
+    assert "vit_tiny" in done.stdout
+
+
+def flat(path: Path) -> dict[str, Any]:
+    return dict(submit.flatten(yaml.safe_load(path.read_text())))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("data", [None, *DATA])
+def test_every_recipe_works(recipe: str, data: str | None, started: Started) -> None:
+    submit_ok(recipe, "--dry-run", *(["--data", data] if data else []))
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "pretrain").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_holds_only_what_differs_from_the_defaults(path: Path) -> None:
+    defaults = dict(submit.flatten(load_config().model_dump(mode="json")))
+    assert {key: value for key, value in flat(path).items() if defaults[key] == value} == {}
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*(CONFIGS / "pretrain").glob("*"), *(CONFIGS / "ablate").glob("*")]), ids=lambda p: p.stem
+)
+def test_every_line_of_a_recipe_cites_its_source(path: Path) -> None:
+    for line in path.read_text().splitlines():
+        if not line.startswith("#") and not line.rstrip().endswith(":"):
+            assert re.search(r"# .*\b(paper|official|ours|arXiv)\b|# .*arXiv", line) or "preset: vit_" in line, line
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_changes_a_recipe_by_its_own_keys_only(name: str, started: Started) -> None:
+    path = CONFIGS / "ablate" / f"{name}.yaml"
+    recipe = CONFIGS / "pretrain" / "vit_b.yaml"
+    before = dict(submit.flatten(load_config([recipe]).model_dump(mode="json")))
+    after = dict(submit.flatten(load_config([recipe, path]).model_dump(mode="json")))
+    assert {key: value for key, value in after.items() if before[key] != value} == flat(path)
+    submit_ok("vit_tiny", "--data", "digits", "--config", str(path), "--dry-run")
+
+
+def test_expected_ablations_exist() -> None:
+    wanted = "no_shift no_causal no_stop_grad mask40 mask60 no_rope no_qk_norm no_layer_scale gelu sigreg vicreg plain"
+    assert sorted(wanted.split()) == ABLATIONS
+
+
+def test_the_report_says_what_is_unknown() -> None:
+    report = build_report(load_config(), None, "no --data given")
+    assert re.search(r"training images +unknown", report)
+    assert "no --data given" in report
+    assert re.search(r"steps +unknown", report)
+    assert re.search(r"parameters +5,459,712", report)
+    known = build_report(load_config(overrides=["steps=10", "epochs=7"]), None)
+    assert re.search(r"steps +10, 40,960 images \(steps is given, epochs 7 has no effect\)", known)
+
+
+def test_the_report_counts_memory_by_formula() -> None:
+    settings = ["model.preset=vit_b", "global_batch_size=8", "engine.precision=bf16_autocast"]
+    report = build_report(load_config(overrides=settings), 100)
+    size = 4 * 85_539_840
+    assert re.search(
+        rf"weights +{size / 1e6:.4g} MB\n +gradients +{size / 1e6:.4g} MB\n +Adam moments +{2 * size / 1e6:.4g} MB", report
+    )
+    assert re.search(rf"EMA +{size / 1e6:.4g} MB", report)
+    activations = 8 * (22 * 768 + 6 * 2048) * 256 * 12
+    assert f"activations                  {activations / 1e6:.4g} MB" in report
+    fp32 = build_report(load_config(overrides=[*settings[:2], "engine.precision=fp32", "optim.ema_decay=null"]), 100)
+    assert f"activations                  {2 * activations / 1e9:.4g} GB" in fp32
+    assert "EMA " not in fp32.partition("Whole run")[0]
+
+
+def test_the_report_estimates_gpu_hours() -> None:
+    settings = ["model.preset=vit_l", "epochs=800", "cluster.gpus_per_node=8"]
+    report = build_report(load_config(overrides=settings), 1_281_167)
+    found = re.search(r"GPU-hours +(\S+), (\S+) hours at world size 8; assumes 40% of 989 TFLOP/s", report)
+    assert found
+    # 1.025e9 images at 830 images/s per GPU.
+    assert float(found[1]) == pytest.approx(1.0249e9 / 830 / 3600, rel=5e-3)
+    assert float(found[2]) == pytest.approx(float(found[1]) / 8, rel=1e-2)
