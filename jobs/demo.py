@@ -15,6 +15,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # started as a file: the folder above holds both packages
+
+from nepa_dist.metrics.sinks import read_curve  # noqa: E402
+
 RUN = Path("runs/demo")
 RECIPE = ["pretrain", "vit_tiny", "--cluster", "local", "--data", "digits", "--name", "demo", "--set", "model.depth=6"]
 STOP_AT_STEP = 100
@@ -56,8 +60,6 @@ def _run(command: list[str], title: str, *, stop: bool = False) -> int:
 
 
 def _last_step() -> int:
-    from nepa_dist.metrics.sinks import read_curve
-
     file = RUN / "metrics.jsonl"
     rows = read_curve(file) if file.exists() else []
     return int(rows[-1]["step"]) if rows else 0

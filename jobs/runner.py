@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         return USER_ERROR
     run_dir = Path(arguments[0])
     try:
-        from nepa_dist.config import load_config
+        from nepa_dist.config_load import load_config
 
         config = load_config([run_dir / "config.yaml"])
         from nepa_dist.train import main as train

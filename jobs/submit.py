@@ -22,7 +22,9 @@ if not __package__:  # started as a file: the folder above holds both packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from jobs import cluster
-from nepa_dist.config import Config, ConfigError, Section, changed_keys, load_config, make_plan
+from nepa_dist.config import Config, ConfigError, Section, changed_keys
+from nepa_dist.config_load import load_config
+from nepa_dist.plan import make_plan
 from nepa_dist.report import build_report
 from nepa_dist.run_folder import write_text
 

@@ -1,7 +1,7 @@
-"""The configuration of a run: typed, strict, layered. Imports no torch, so the command line answers at once.
+"""The configuration of a run: every field with its type, unit, default and source. Imports no torch.
 
-Layers, later ones win: defaults in this file < YAML files in the order given < ``--set key=value``. An unknown key is an
-error with the nearest known one. All problems are reported together as one :class:`ConfigError`.
+Files and ``--set`` are layered over these defaults in :mod:`nepa_dist.config_load`; what follows from a configuration (steps,
+accumulation) is in :mod:`nepa_dist.plan`.
 
 Each field states its unit and where the default comes from. "Paper" is arXiv 2512.16922; "released" is the official code.
 """
@@ -11,12 +11,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from nepa_dist import presets
 
@@ -31,10 +31,28 @@ class ConfigError(ValueError):
         super().__init__(f"{count} in the configuration:\n{lines}")
 
 
+def nearest(key: str, known: Iterable[str], prefix: str = "") -> str:
+    """``; did you mean ...?`` with the known key that is most like ``key``; empty if none is."""
+    match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {prefix + match[0]!r}?" if match else ""
+
+
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values do not change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes, no, on and off as booleans; pydantic would take them for 1 and 0."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"{str(value).lower()} is a truth value, not a number or a text (quote a text)")
+        return value
+
+
+Positive = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(Section):
@@ -87,8 +105,8 @@ class ModelConfig(Section):
         if not isinstance(values, Mapping) or values.get("preset") is None:
             return values
         name = values["preset"]
-        if name not in presets.PRESETS:
-            raise ValueError(f"unknown preset {name!r}{_nearest(str(name), presets.PRESETS)}")
+        if not isinstance(name, str) or name not in presets.PRESETS:
+            raise ValueError(f"unknown preset {name!r}{nearest(str(name), presets.PRESETS)}")
         return {**presets.PRESETS[name], **values}
 
     @model_validator(mode="after")
@@ -102,6 +120,8 @@ class ModelConfig(Section):
             low = self.image_size // self.patch_size * self.patch_size
             near = f"{low} or {low + self.patch_size}" if low else f"{self.patch_size}"
             problems.append(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; nearest: {near}")
+        if self.mlp_hidden_dim_ < 1:
+            problems.append(f"mlp_ratio {self.mlp_ratio} gives the MLP a hidden width of 0")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -160,23 +180,26 @@ class AugmentConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> AugmentConfig:
+        problems = []
         for name, (low, high), limit in (("scale", self.scale, 1.0), ("ratio", self.ratio, float("inf"))):
             if not 0 < low <= high <= limit:
-                raise ValueError(f"{name} must be 0 < low <= high{' <= 1' if name == 'scale' else ''}, got {low}, {high}")
+                problems.append(f"{name} must be 0 < low <= high{' <= 1' if name == 'scale' else ''}, got {low}, {high}")
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 
 class DataConfig(Section):
     """Where images come from and how they are read."""
 
-    source: str | None = None
+    source: str | None = Field(None, min_length=1)
     """``digits`` (embedded) or a folder: ``train/<class>/*``, ``<class>/*`` or a flat folder of images."""
     expected_num_samples: int | None = Field(None, gt=0)
     """Images in the training split, for a dry run where the data is out of reach. The counted number wins."""
     augment: AugmentConfig = AugmentConfig()
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Subtracted on the device from pixels in [0, 1] (released)."""
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
     """Divided by, on the device (released)."""
     num_workers: int | None = Field(None, ge=0)
     """Loader processes per rank; default: the cores of this rank less one, at most 8. 0 loads in the trainer's process."""
@@ -197,7 +220,7 @@ class OptimConfig(Section):
     """Share of the steps with linear warm-up from 0 (paper: 40 of 1600 epochs)."""
     warmup_steps: int | None = Field(None, ge=0)
     """Steps of warm-up given exactly; overrides warmup_ratio."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Paper."""
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.05, ge=0)
@@ -237,7 +260,7 @@ class CheckpointConfig(Section):
     keep_every: int | None = Field(None, gt=0)
     """Checkpoints at multiples of this many steps are kept for good."""
     shard_bytes: int = Field(1 << 30, gt=0)
-    """Largest size of one file, bytes (a single larger tensor still gets its own file)."""
+    """Largest size of one file, bytes (a single larger parameter still gets its own file)."""
 
 
 class MetricsConfig(Section):
@@ -278,7 +301,7 @@ class Config(Section):
     run_root: str = "runs"
     seed: int = Field(1337, ge=0, lt=2**63)
     """Of weights, order and augmentation (released)."""
-    epochs: float = Field(100.0, gt=0)
+    epochs: float = Field(100.0, gt=0, le=1e9)
     """Passes over the data; sets the number of steps unless ``steps`` is given."""
     steps: int | None = Field(None, gt=0)
     """Optimizer updates of the whole run, given exactly."""
@@ -315,7 +338,13 @@ class Config(Section):
 
 
 _NOT_IDENTITY = {"name", "run_root", "cluster", "checkpoint", "metrics", "guard", "micro_batch_size"}
-_NOT_IDENTITY |= {f"data.{key}" for key in ("source", "expected_num_samples", "num_workers", "prefetch_batches", "max_bad_samples")}
+_NOT_IDENTITY |= {
+    "data.source",
+    "data.expected_num_samples",
+    "data.num_workers",
+    "data.prefetch_batches",
+    "data.max_bad_samples",
+}
 _NOT_IDENTITY |= {"engine.timeout_seconds", "engine.device"}
 
 
@@ -342,213 +371,3 @@ def changed_keys(old: Mapping[str, Any], new: Config) -> list[tuple[str, Any, An
     before, after = _identity(old), new.identity()
     keys = [*after, *(key for key in before if key not in after)]
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
-
-
-class Plan(NamedTuple):
-    """What follows from a configuration and the size of the data."""
-
-    num_samples: int
-    steps: int
-    warmup_steps: int
-    micro_batch_size: int
-    grad_accum_steps: int
-    peak_lr: float
-    num_tokens: int
-    """Tokens that pass through the blocks per image."""
-
-
-def make_plan(config: Config, num_samples: int) -> Plan:
-    """Derive steps, accumulation and peak learning rate.
-
-    Args:
-        config: the run.
-        num_samples: images in the training split.
-
-    Raises:
-        ConfigError: the global batch does not divide; the message names the nearest values that do.
-    """
-    if problems := batch_problems(config):
-        raise ConfigError(problems)
-    if num_samples <= 0:
-        raise ConfigError([f"data.source {config.data.source!r} holds no images"])
-    share = config.global_batch_size // config.cluster.world_size
-    micro = config.micro_batch_size or max(d for d in range(1, min(share, 128) + 1) if share % d == 0)
-    steps = config.steps or max(1, round(config.epochs * num_samples / config.global_batch_size))
-    optim = config.optim
-    warmup = optim.warmup_steps if optim.warmup_steps is not None else round(optim.warmup_ratio * steps)
-    return Plan(
-        num_samples=num_samples,
-        steps=steps,
-        warmup_steps=min(warmup, steps),
-        micro_batch_size=micro,
-        grad_accum_steps=share // micro,
-        peak_lr=optim.base_lr * config.global_batch_size / 256,
-        num_tokens=1 + config.model.num_patches - config.objective.drops_last_token,
-    )
-
-
-def batch_problems(config: Config) -> list[str]:
-    """Sentences about a global batch that the ranks and the micro-batch do not divide."""
-    total, world = config.global_batch_size, config.cluster.world_size
-    unit = world * (config.micro_batch_size or 1)
-    if total % unit == 0:
-        return []
-    low = total // unit * unit
-    near = " or ".join(str(v) for v in (low, low + unit) if v)
-    micro = config.micro_batch_size
-    problem = f"global_batch_size {total} is not a multiple of "
-    problem += f"micro_batch_size {micro} x world size {world} = {unit}" if micro else f"the world size {world}"
-    problem += f"; nearest global_batch_size: {near}"
-    if micro and total % world == 0:
-        share = total // world
-        fits = sorted((d for d in range(1, share + 1) if share % d == 0), key=lambda d: (abs(d - micro), d))[:2]
-        problem += f"; or micro_batch_size: {' or '.join(map(str, sorted(fits)))}"
-    return [problem]
-
-
-def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Config:
-    """Build a configuration from layers: defaults < base < files in order < overrides.
-
-    Args:
-        files: YAML files, each a mapping that holds only what it changes.
-        overrides: ``a.b=value`` strings; the value is read as YAML.
-        base: values below the files (used by the command line for its own options).
-
-    Raises:
-        ConfigError: all problems that were found: unreadable files, unknown keys, wrong values, fields that do not fit.
-    """
-    problems: list[str] = []
-    merged: dict[str, Any] = {}
-    layers = [("the command line", base or {})]
-    for file in files:
-        try:
-            layers.append((str(file), _read_yaml(Path(file))))
-        except ConfigError as error:
-            problems += error.problems
-    for override in overrides:
-        try:
-            layers.append((f"--set {override}", _parse_override(override)))
-        except ConfigError as error:
-            problems += error.problems
-    for origin, layer in layers:
-        problems += _unknown_keys(layer, Config, origin)
-        _merge(merged, layer)
-    if problems:
-        raise ConfigError(problems)
-    try:
-        config = Config.model_validate(merged)
-    except ValidationError as error:
-        raise ConfigError([_explain(item) for item in error.errors()]) from None
-    if problems := _cross_field_problems(config):
-        raise ConfigError(problems)
-    return config
-
-
-def _cross_field_problems(config: Config) -> list[str]:
-    problems = batch_problems(config)
-    objective, optim = config.objective, config.optim
-    if objective.mask_ratio and round(objective.mask_ratio * config.model.num_patches) == 0:
-        problems.append(f"objective.mask_ratio {objective.mask_ratio} masks none of the {config.model.num_patches} patches")
-    if optim.warmup_steps is not None and config.steps is not None and optim.warmup_steps > config.steps:
-        problems.append(f"optim.warmup_steps {optim.warmup_steps} is more than steps {config.steps}")
-    if config.model.in_channels != 3:
-        problems.append(f"model.in_channels {config.model.in_channels}: the data loader makes RGB images, so training needs 3")
-    return problems
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError([f"cannot read {path}: {error.strerror}"]) from None
-    except UnicodeDecodeError:
-        raise ConfigError([f"{path} is not a text file in UTF-8"]) from None
-    try:
-        values = yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{path} is not valid YAML: {' '.join(str(error).split())}"]) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError([f"{path} must hold a mapping of keys to values, not {type(values).__name__}"])
-    return values
-
-
-def _parse_override(text: str) -> dict[str, Any]:
-    key, separator, value = text.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError([f"--set {text}: expected key=value, for example --set optim.base_lr=1e-4"])
-    try:
-        parsed: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError([f"--set {text}: {value!r} is not a YAML value"]) from None
-    for part in reversed(key.strip().split(".")):
-        parsed = {part: parsed}
-    return dict(parsed)
-
-
-def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
-    for key, value in layer.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = dict(value) if isinstance(value, Mapping) else value
-
-
-def _unknown_keys(layer: Mapping[str, Any], section: type[BaseModel], origin: str, prefix: str = "") -> list[str]:
-    problems = []
-    for key, value in layer.items():
-        path = f"{prefix}{key}"
-        if key not in section.model_fields:
-            problems.append(f"{origin}: unknown key {path!r}{_nearest_key(str(key), section, prefix)}")
-            continue
-        kind = section.model_fields[key].annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            if isinstance(value, Mapping):
-                problems += _unknown_keys(value, kind, origin, f"{path}.")
-            else:
-                problems.append(f"{origin}: {path} is a section with keys of its own, not a value")
-    return problems
-
-
-def _nearest_key(key: str, section: type[BaseModel], prefix: str) -> str:
-    here = _nearest(key, section.model_fields, prefix)
-    if here:
-        return here
-    elsewhere = {path.rpartition(".")[2]: path for path in _all_keys(Config)}
-    match = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.75)
-    return f"; did you mean {elsewhere[match[0]]!r}?" if match else ""
-
-
-def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(f"{prefix}{name}")
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _all_keys(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def _nearest(key: str, known: Mapping[str, Any], prefix: str = "") -> str:
-    match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {prefix + match[0]!r}?" if match else ""
-
-
-def _explain(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
-    message = item["msg"].removeprefix("Value error, ")
-    given = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
-    return f"{where}: {message}{given}" if where else message + given

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nepa_dist.config import ModelConfig
+from nepa_dist.heads.classifier import Pool
 from nepa_dist.tasks.finetune import FinetuneTask
 from nepa_dist.tasks.pretrain import PretrainTask
 
@@ -54,7 +55,7 @@ def load_official(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -
     model = model_from_official(config)
     task: OfficialTask
     if "classifier.weight" in state:
-        pool = "mean" if config.get("add_pooling_layer", True) else "last"
+        pool: Pool = "mean" if config.get("add_pooling_layer", True) else "last"
         task = FinetuneTask(model, len(state["classifier.weight"]), pool=pool, causal=bool(config.get("is_causal", True)))
     else:
         task = PretrainTask(model)
@@ -108,8 +109,9 @@ def read_official(folder: str | Path, *, ema: bool = False) -> OfficialTask:
     for name in names:
         file = folder / name
         if file.is_file():
-            state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-            return load_official(state, json.loads(config_file.read_text(encoding="utf-8")))
+            is_safe = file.suffix == ".safetensors"
+            tensors = load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
+            return load_official(tensors, json.loads(config_file.read_text(encoding="utf-8")))
     raise OfficialFormatError(f"{folder} holds none of: {', '.join(names)}")
 
 
@@ -198,7 +200,7 @@ def official_config(task: OfficialTask) -> dict[str, Any]:
         "dtype": "float32",
     }
     if isinstance(task, FinetuneTask):
-        config["num_labels"] = task.head.linear.out_features
+        config["num_labels"] = len(task.head.linear.weight)
     return config
 
 

@@ -14,8 +14,8 @@ from typing import IO
 
 from nepa_dist.state import TrainState
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""Preemption, Ctrl-C, and the warning before a time limit: save at the next step boundary and exit with EXIT_AGAIN."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""Preemption, Ctrl-C, and the warnings before a time limit: save at the next step boundary and exit with EXIT_AGAIN."""
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -96,7 +96,8 @@ def count_bad_samples(state: TrainState, found: Mapping[str, str], limit: int) -
     if len(state.bad_samples) > limit:
         listed = "\n".join(f"  - {name}: {reason}" for name, reason in list(state.bad_samples.items())[-10:])
         raise RunAborted(
-            f"{len(state.bad_samples)} images are unreadable, more than data.max_bad_samples = {limit}. The last ones:\n{listed}\n"
+            f"{len(state.bad_samples)} images are unreadable, more than data.max_bad_samples = {limit}. "
+            f"The last ones:\n{listed}\n"
             f"Repair or remove them, or raise data.max_bad_samples."
         )
     return new
@@ -123,7 +124,8 @@ class RunLock:
                     self._file.seek(0)
                     holder = self._file.read().strip() or "unknown"
                     raise RunAborted(
-                        f"{self._path.parent} is in use by another trainer ({holder}). Wait for it, stop it, or give another --name."
+                        f"{self._path.parent} is in use by another trainer ({holder}). "
+                        f"Wait for it, stop it, or give another --name."
                     ) from None
                 time.sleep(0.2)
         self._file.truncate(0)

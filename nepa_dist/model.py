@@ -3,8 +3,7 @@
 An image becomes the sequence z = [CLS; patch embeddings]; pre-norm blocks with RoPE, QK-norm, LayerScale and a gated MLP turn
 it into z_hat. In pretraining attention is causal and z_hat[t] predicts z[t + 1]; downstream it may look both ways.
 
-Legend: B batch, T tokens (CLS first), N patches, D width, H heads, K head width (not to be confused with the hidden width of the
-MLP), P patch size.
+Legend: B batch, T tokens (CLS first), N patches, D width, H heads, K head width, P patch size.
 
 Sources: arXiv 2512.16922 section 3; numbers and conventions from the released model (DINOv3-style RoPE on normalised patch
 centres, LayerNorm eps 1e-12, truncated normal of 0.02).
@@ -237,7 +236,8 @@ class VisionTransformer(nn.Module):
         size, channels = self.config.patch_size, self.config.in_channels
         if images.dim() != 4 or images.shape[1] != channels or images.shape[2] % size or images.shape[3] % size:
             raise ValueError(
-                f"images must be [B, {channels}, H, W] with H and W multiples of the patch size {size}, got {list(images.shape)}"
+                f"images must be [B, {channels}, H, W] with H and W multiples of the patch size {size}, "
+                f"got {list(images.shape)}"
             )
         patches = self.patch_embed(images)
         grid = (patches.shape[2], patches.shape[3])

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nepa_dist.config import OptimConfig, Plan
+from nepa_dist.config import OptimConfig
+from nepa_dist.plan import Plan
 
 
 def learning_rate(step: int, plan: Plan, optim: OptimConfig) -> float:
@@ -69,7 +70,7 @@ class AdamWEMA(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the parameters that have a gradient, then their averages."""
-        loss = super().step(closure)
+        loss: float | None = super().step(closure)
         moved = [parameter for parameter in self._parameters() if parameter.grad is not None]
         if self.ema_decay is None or not moved:
             return loss

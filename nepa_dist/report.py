@@ -10,7 +10,8 @@ Legend: D width, H hidden width of the MLP, T tokens.
 from __future__ import annotations
 
 from nepa_dist import presets
-from nepa_dist.config import Config, Plan, make_plan
+from nepa_dist.config import Config
+from nepa_dist.plan import Plan, make_plan
 
 ASSUMED_PEAK_FLOPS = 989e12
 """Dense bf16 operations per second of an H100 or H200 (NVIDIA's data sheet)."""

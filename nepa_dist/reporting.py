@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nepa_dist.config import Config, Plan
+from nepa_dist.config import Config
 from nepa_dist.engines.base import StepResult
 from nepa_dist.engines.mesh import World
 from nepa_dist.metrics.exporter import PrometheusExporter
 from nepa_dist.metrics.meter import Meter
 from nepa_dist.metrics.sinks import ConsoleSink, JsonlSink, LogSink, Sink
+from nepa_dist.plan import Plan
 from nepa_dist.state import TrainState
 
 logger = logging.getLogger(__name__)

@@ -11,12 +11,13 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.checkpoint.store import CheckpointStore
-from nepa_dist.config import Config, ConfigError, Plan, changed_keys, make_plan
+from nepa_dist.config import Config, ConfigError, changed_keys
 from nepa_dist.data.containers import Container, open_container
 from nepa_dist.data.device import to_device
 from nepa_dist.data.loader import Batch, TrainLoader
@@ -25,6 +26,7 @@ from nepa_dist.engines.mesh import World, join_world, leave_world
 from nepa_dist.guard import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, RunAborted, RunLock, StopFlag, count_bad_samples, count_skip
 from nepa_dist.keyed import keyed_seed
 from nepa_dist.optim import learning_rate
+from nepa_dist.plan import Plan, make_plan
 from nepa_dist.reporting import Reporter, StepReport
 from nepa_dist.run_folder import append_start, describe_start, versions
 from nepa_dist.state import TrainState
@@ -184,7 +186,7 @@ def _settle(run: Run, reporter: Reporter, report: StepReport | None, bad: dict[s
     values = report.read()
     if values.pop("bad"):
         # All ranks see the same sum, so all of them take part. This is rare: each image counts once in a run.
-        found = {name: reason for part in run.world.gather(dict(bad)) for name, reason in part.items()}  # type: ignore[attr-defined]
+        found = {name: reason for part in run.world.gather(dict(bad)) for name, reason in part.items()}
         for name, reason in count_bad_samples(run.state, found, run.config.data.max_bad_samples).items():
             reporter.event(f"unreadable image replaced: {name}: {reason}")
         bad.clear()
@@ -207,7 +209,7 @@ def resume(run: Run) -> list[str]:
         ConfigError: the checkpoint belongs to other settings or other data; every difference is listed.
     """
     notes: list[str] = []
-    path = None
+    path: Path | None = None
     if run.world.is_main:
         notes += [f"removed the leftover {name} of an interrupted save" for name in run.store.sweep()]
         found = run.store.latest()
@@ -217,7 +219,7 @@ def resume(run: Run) -> list[str]:
     if path is None:
         return notes
     # Rank 0 has just read every byte to verify it; the others need not.
-    manifest, reader = run.store.open(path, check_digests=False)  # type: ignore[arg-type]
+    manifest, reader = run.store.open(path, check_digests=False)
     meta = manifest.meta
     problems = [f"{key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in changed_keys(meta["config"], run.config)]
     if meta["data_fingerprint"] != run.container.fingerprint:
@@ -251,7 +253,7 @@ def save(run: Run, reporter: Reporter) -> bool:
     else:
         for _ in entries:  # takes part in the collectives
             pass
-    problem = run.world.gather(problem)[0]  # type: ignore[assignment]
+    problem = run.world.gather(problem)[0]
     if problem is not None:
         run.state.checkpoint_failures += 1
         reporter.event(f"checkpoint at step {run.state.step} failed: {problem}")

@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from nepa_dist.config import AugmentConfig
@@ -13,12 +14,13 @@ from nepa_dist.data.augment import augment, augment_mask, random_flip, random_re
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
-def _photo(height: int = 75, width: int = 100) -> np.ndarray:
+def _photo(height: int = 75, width: int = 100) -> NDArray[np.uint8]:
     """A smooth picture with some noise; no two rows or columns are alike."""
     y, x = np.mgrid[:height, :width]
     waves = np.stack([np.sin(x / 9 + y / 31), np.cos(y / 7), np.sin((x + y) / 13)], -1)
     noise = np.random.RandomState(0).uniform(-20, 20, waves.shape)
-    return np.clip(128 + 100 * waves + noise, 0, 255).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.clip(128 + 100 * waves + noise, 0, 255).astype(np.uint8)
+    return pixels
 
 
 def _torchvision_box(rng: random.Random, width: int, height: int) -> tuple[int, int, int, int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cluster import LAUNCHER_PID, REPO_ROOT, describe_exit, free_port, rank_environment
-from nepa_dist.config import load_config
+from nepa_dist.config_load import load_config
 
 LAUNCHER = """
 import signal, sys

@@ -13,7 +13,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nepa_dist.config import Config, ConfigError, changed_keys, load_config, make_plan
+from nepa_dist.config import Config, ConfigError, changed_keys
+from nepa_dist.config_load import load_config
+from nepa_dist.plan import make_plan
 from nepa_dist.presets import PRESETS
 
 Write = Callable[..., Path]

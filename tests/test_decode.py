@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from nepa_dist.data.decode import MIN_SIDE, BadImage, decode_image
@@ -17,7 +18,7 @@ def _encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def _picture(height: int = 12, width: int = 20) -> np.ndarray:
+def _picture(height: int = 12, width: int = 20) -> NDArray[np.uint8]:
     return np.random.RandomState(1).randint(0, 256, (height, width, 3)).astype(np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""The loaders: the same pixels for any number of workers or ranks, bad files named, workers that neither die early nor linger."""
+"""The loaders: the same pixels for any number of workers or ranks, bad files named, workers that live and end as told."""
 
 import io
 import multiprocessing
@@ -9,15 +9,17 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from nepa_dist.config import AugmentConfig, DataConfig
 from nepa_dist.data.augment import augment
-from nepa_dist.data.containers import DataError, Sample, open_container
+from nepa_dist.data.containers import Container, DataError, Sample, open_container
 from nepa_dist.data.decode import decode_image
 from nepa_dist.data.device import normalize, to_device
 from nepa_dist.data.loader import BadSample, Batch, EvalLoader, TrainLoader, batch_digest, default_num_workers
@@ -63,14 +65,20 @@ REASONS = {
 }
 
 
-def _train(source: Path | str, **options: object) -> TrainLoader:
+def _train(source: Path | str, **options: Any) -> TrainLoader:
     workers = options.pop("num_workers", 0)
-    settings: dict[str, object] = {
+    settings: dict[str, Any] = {
         "image_size": SIZE, "seed": SEED, "global_batch_size": 4, "micro_batch_size": 4, "rank": 0, "world_size": 1,
         "start_step": 0, "num_steps": 6,
     }  # fmt: skip
     container = open_container(str(source), "train", image_size=SIZE)
     return TrainLoader(container, DataConfig(num_workers=workers), **(settings | options))
+
+
+def _decode(container: Container, sample_id: int) -> NDArray[np.uint8]:
+    data = container.read(sample_id).image
+    assert isinstance(data, bytes)
+    return decode_image(data)
 
 
 def _digests(loader: TrainLoader | EvalLoader) -> list[str]:
@@ -90,7 +98,7 @@ def test_batches_hold_the_order_and_the_augmented_pixels(folder: Path) -> None:
             sample_id, epoch = order.lookup(position)
             sample = container.read(sample_id)
             assert (int(batch.ids[row]), int(batch.labels[row])) == (sample_id, sample.label)
-            pixels = decode_image(sample.image)
+            pixels = _decode(container, sample_id)
             wanted = augment(pixels, AugmentConfig(), image_size=SIZE, seed=SEED, epoch=epoch, sample_id=sample_id)
             np.testing.assert_array_equal(batch.images[row].numpy(), wanted)
             position += 1
@@ -139,7 +147,8 @@ def test_epochs_are_exact_and_pixels_change_between_them(folder: Path) -> None:
 def test_bad_files_are_replaced_and_named(bad_folder: Path, workers: int) -> None:
     container = open_container(str(bad_folder), "train", image_size=SIZE)
     bad = {i for i in range(len(container)) if container.name(i) in REASONS}
-    order, position, reported = Order(SEED, 14), 0, []
+    order, position = Order(SEED, 14), 0
+    reported: list[BadSample] = []
     for batch in _train(bad_folder, num_steps=7, num_workers=workers):
         wanted = []
         for row in range(4):
@@ -150,12 +159,10 @@ def test_bad_files_are_replaced_and_named(bad_folder: Path, workers: int) -> Non
                 sample_id, epoch = order.replacement(position, attempt)
                 attempt += 1
             assert int(batch.ids[row]) == sample_id
-            sample = container.read(sample_id)
-            assert int(batch.labels[row]) == sample.label
-            pixels = augment(
-                decode_image(sample.image), AugmentConfig(), image_size=SIZE, seed=SEED, epoch=epoch, sample_id=sample_id
-            )
-            np.testing.assert_array_equal(batch.images[row].numpy(), pixels)
+            assert int(batch.labels[row]) == container.read(sample_id).label
+            pixels = _decode(container, sample_id)
+            shown = augment(pixels, AugmentConfig(), image_size=SIZE, seed=SEED, epoch=epoch, sample_id=sample_id)
+            np.testing.assert_array_equal(batch.images[row].numpy(), shown)
             position += 1
         assert [item.id for item in batch.bad] == wanted
         reported += batch.bad
@@ -202,7 +209,7 @@ def test_evaluation_shows_each_good_sample_once_and_names_the_others(bad_folder:
     assert {item.name for batch in batches for item in batch.bad} == set(REASONS)
     for batch in batches:
         for image, sample_id in zip(batch.images, batch.ids.tolist(), strict=True):
-            pixels = decode_image(container.read(sample_id).image)
+            pixels = _decode(container, sample_id)
             config = AugmentConfig(crop="center")
             wanted = augment(pixels, config, image_size=SIZE, seed=0, epoch=0, sample_id=sample_id)
             np.testing.assert_array_equal(image.numpy(), wanted)
@@ -211,7 +218,7 @@ def test_evaluation_shows_each_good_sample_once_and_names_the_others(bad_folder:
 def test_evaluation_of_a_share_and_of_nothing_good(bad_folder: Path) -> None:
     container = open_container(str(bad_folder), "train", image_size=SIZE)
     config = DataConfig(num_workers=0)
-    share = EvalLoader(container, config, image_size=SIZE, batch_size=3, indices=np.array([9, 0, 3, 2]))
+    share = EvalLoader(container, config, image_size=SIZE, batch_size=3, indices=[9, 0, 3, 2])
     assert [batch.ids.tolist() for batch in share] == [[9, 0, 3], [2]]
     names = {container.name(i): i for i in range(14)}
     (batch,) = EvalLoader(container, config, image_size=SIZE, batch_size=3, indices=[names["b/empty.png"]])
@@ -222,11 +229,11 @@ def test_evaluation_of_a_share_and_of_nothing_good(bad_folder: Path) -> None:
 def test_the_global_random_state_is_left_alone(folder: Path) -> None:
     torch.manual_seed(5)
     np.random.seed(5)
-    before, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()
+    before, legacy = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].copy()
     for workers in (0, 2):
         list(_train(folder, num_workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
-    np.testing.assert_array_equal(np.random.get_state()[1], legacy)
+    np.testing.assert_array_equal(np.random.get_state(legacy=False)["state"]["key"], legacy)
 
 
 def test_default_workers_leave_a_core_to_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +243,7 @@ def test_default_workers_leave_a_core_to_the_trainer(monkeypatch: pytest.MonkeyP
 
 
 def _worker_pids() -> set[int]:
-    return {process.pid for process in multiprocessing.active_children()}
+    return {process.pid for process in multiprocessing.active_children() if process.pid}
 
 
 def test_workers_survive_signals_meant_for_the_trainer(folder: Path) -> None:
@@ -256,7 +263,8 @@ def test_workers_survive_signals_meant_for_the_trainer(folder: Path) -> None:
 
 
 def test_a_signal_while_workers_start_reaches_the_trainer_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, got, fork = os.getpid(), [], os.fork
+    trainer, fork = os.getpid(), os.fork
+    got: list[int] = []
 
     def handler(*_: object) -> None:
         if os.getpid() != trainer:
@@ -357,8 +365,10 @@ def test_a_worker_that_is_stuck_is_killed(tmp_path: Path, monkeypatch: pytest.Mo
     sign = tmp_path / "reading"
     loader = EvalLoader(_Stuck(sign), DataConfig(num_workers=1), image_size=SIZE, batch_size=2)
     iter(loader)
-    while not sign.exists():
-        time.sleep(0.01)
+    for _ in range(2000):
+        if not sign.exists():
+            time.sleep(0.01)
+    assert sign.exists()
     assert len(_worker_pids()) == 1
     loader.close()
     assert not _worker_pids()

@@ -49,7 +49,7 @@ def test_parameter_formula_counts_the_real_module(preset):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rope": False}, {"qk_norm": False}, {"qk_norm_affine": True}, {"layer_scale": False}, {"gated_mlp": False}, {"qkv_bias": False}],
+    [{name: False} for name in ("rope", "qk_norm", "layer_scale", "gated_mlp", "qkv_bias")] + [{"qk_norm_affine": True}],
 )
 def test_parameter_formula_follows_every_switch(changes):
     model = small(**changes)
@@ -70,7 +70,7 @@ def test_flop_formula_matches_a_count_of_the_real_module(preset):
     assert counter.get_total_flops() == train_flops(config, causal=False)
 
 
-@pytest.mark.parametrize("height,width", [(32, 32), (8, 8), (16, 56), (64, 40)])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (8, 8), (16, 56), (64, 40)])
 @pytest.mark.parametrize("rope", [True, False])
 def test_any_multiple_of_the_patch_size(height, width, rope):
     features = small(rope=rope)(images(2, 3, height, width), causal=True, taps=(0, -1))

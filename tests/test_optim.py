@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from nepa_dist.config import Config, OptimConfig, make_plan
+from nepa_dist.config import Config, OptimConfig
 from nepa_dist.optim import AdamWEMA, learning_rate, param_groups
+from nepa_dist.plan import make_plan
 from nepa_dist.tasks.pretrain import PretrainTask
 
 SIZES = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -90,7 +91,8 @@ def test_average_starts_as_a_copy_after_the_first_update_and_then_decays():
 def test_a_skipped_step_changes_nothing_to_the_bit():
     module, optimizer = make()
     list(train(optimizer, module, 3))
-    before = [{"weight": p.detach().clone(), **{k: v.clone() for k, v in optimizer.state[p].items()}} for p in module.parameters()]
+    states = [{"weight": p.detach(), **optimizer.state[p]} for p in module.parameters()]
+    before = [{field: tensor.clone() for field, tensor in state.items()} for state in states]
     module(torch.full((8, 4), math.nan)).mean().backward()
     optimizer.found_inf = torch.ones(())
     optimizer.step()

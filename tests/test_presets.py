@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nepa_dist.config import ModelConfig, load_config
+from nepa_dist.config import ModelConfig
+from nepa_dist.config_load import load_config
 from nepa_dist.presets import PRESETS, forward_flops, mlp_hidden_dim, num_parameters, train_flops
 
 

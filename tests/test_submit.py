@@ -16,7 +16,8 @@ import yaml
 from PIL import Image
 
 from jobs import cluster, submit
-from nepa_dist.config import Config, load_config
+from nepa_dist.config import Config
+from nepa_dist.config_load import load_config
 from nepa_dist.report import build_report
 
 CONFIGS = cluster.REPO_ROOT / "configs"

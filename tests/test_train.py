@@ -19,7 +19,8 @@ from nepa_dist.metrics.sinks import read_curve
 ROOT = Path(__file__).parents[1]
 SMALL = [
     *("model.image_size=32", "model.patch_size=8", "model.embed_dim=32", "model.depth=2", "model.num_heads=2"),
-    *("global_batch_size=8", "micro_batch_size=4", "steps=24", "checkpoint.every=4", "metrics.every=1", "metrics.collapse_every=6"),
+    *("global_batch_size=8", "micro_batch_size=4", "steps=24", "checkpoint.every=4"),
+    *("metrics.every=1", "metrics.collapse_every=6"),
     *("data.num_workers=1", "engine.precision=fp32", "optim.base_lr=0.03", "optim.ema_decay=0.9", "data.augment.flip=0.5"),
 ]
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nepa_dist.config import Config, Plan
+from nepa_dist.config import Config
+from nepa_dist.plan import Plan
 
 ParameterState = Mapping[str, Tensor]
 """State of one parameter: ``weight``, ``exp_avg``, ``exp_avg_sq``, ``step``, and ``ema`` where one is kept. Full tensors."""

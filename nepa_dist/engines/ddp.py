@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nepa_dist.config import Config, Plan
+from nepa_dist.config import Config
 from nepa_dist.engines.base import NamedStateSource, ParameterState, StepResult, check_state, copy_state, gradient_norm
 from nepa_dist.optim import AdamWEMA, param_groups
+from nepa_dist.plan import Plan
 
 
 class DDPEngine:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nepa_dist.config import ConfigError, EngineConfig
+
+ValueT = TypeVar("ValueT")
 
 
 class World(NamedTuple):
@@ -33,11 +35,11 @@ class World(NamedTuple):
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: ValueT) -> list[ValueT]:
         """The values of all ranks, in rank order."""
         if self.world_size == 1:
             return [value]
-        values: list[object] = [None] * self.world_size
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 

@@ -44,4 +44,3 @@ class Task(nn.Module):
     def health(self, all_reduce: AllReduce | None = None) -> dict[str, Tensor]:
         """Gauges of the representation from the last observed step, 0-d tensors by metric name. A collective."""
         return {}
-

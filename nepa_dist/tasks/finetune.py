@@ -27,6 +27,8 @@ class FinetuneTask(Task):
         seed: of the backbone's initial weights.
     """
 
+    head: ClassifierHead
+
     def __init__(
         self, model: ModelConfig, num_classes: int, *, pool: Pool = "mean", causal: bool = False, seed: int = 0
     ) -> None:

@@ -31,13 +31,15 @@ def sigreg(x: Tensor, directions: Tensor, *, num_points: int = 17, cutoff: float
     target = torch.exp(-t.square() / 2)
     angles = (x.float() @ directions)[:, :, None] * t  # [n, M, points]
     error = (angles.cos().mean(0) - target).square() + angles.sin().mean(0).square()
-    return torch.trapezoid(error * target, t, dim=-1).mean()
+    distance: Tensor = torch.trapezoid(error * target, t, dim=-1).mean()
+    return distance
 
 
 def random_directions(dim: int, count: int, *, seed: int, device: torch.device) -> Tensor:
     """Unit columns [dim, count], drawn on the CPU so that every rank and device gets the same ones."""
     directions = torch.randn(dim, count, generator=torch.Generator().manual_seed(seed))
-    return (directions / directions.norm(dim=0, keepdim=True)).to(device, non_blocking=True)
+    unit: Tensor = directions / directions.norm(dim=0, keepdim=True)
+    return unit.to(device, non_blocking=True)
 
 
 def vicreg(x: Tensor, *, covariance_weight: float = 0.04, eps: float = 1e-4) -> Tensor:
@@ -59,4 +61,5 @@ def vicreg(x: Tensor, *, covariance_weight: float = 0.04, eps: float = 1e-4) -> 
     variance = covariance.diagonal()
     hinge = torch.relu(1 - torch.sqrt(variance + eps)).mean()
     off_diagonal = (covariance.square().sum() - variance.square().sum()) / x.shape[1]
-    return hinge + covariance_weight * off_diagonal
+    penalty: Tensor = hinge + covariance_weight * off_diagonal
+    return penalty

@@ -1,0 +1,95 @@
+"""What follows from a configuration: steps, accumulation, peak learning rate, and whether the fields fit. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from nepa_dist.config import Config, ConfigError
+
+
+class Plan(NamedTuple):
+    """What follows from a configuration and the size of the data."""
+
+    num_samples: int
+    steps: int
+    warmup_steps: int
+    micro_batch_size: int
+    grad_accum_steps: int
+    peak_lr: float
+    num_tokens: int
+    """Tokens that pass through the blocks per image."""
+
+
+def make_plan(config: Config, num_samples: int) -> Plan:
+    """Derive steps, accumulation and peak learning rate.
+
+    Args:
+        config: the run.
+        num_samples: images in the training split.
+
+    Raises:
+        ConfigError: the global batch does not divide; the message names the nearest values that do.
+    """
+    if problems := batch_problems(config):
+        raise ConfigError(problems)
+    if num_samples <= 0:
+        raise ConfigError([f"data.source {config.data.source!r} holds no images"])
+    share = config.global_batch_size // config.cluster.world_size
+    micro = config.micro_batch_size or max(d for d in range(1, min(share, 128) + 1) if share % d == 0)
+    steps = config.steps or max(1, round(config.epochs * num_samples / config.global_batch_size))
+    optim = config.optim
+    if problems := _warmup_problems(config, steps):
+        raise ConfigError(problems)
+    warmup = optim.warmup_steps if optim.warmup_steps is not None else round(optim.warmup_ratio * steps)
+    return Plan(
+        num_samples=num_samples,
+        steps=steps,
+        warmup_steps=warmup,
+        micro_batch_size=micro,
+        grad_accum_steps=share // micro,
+        peak_lr=optim.base_lr * config.global_batch_size / 256,
+        num_tokens=1 + config.model.num_patches - config.objective.drops_last_token,
+    )
+
+
+def _warmup_problems(config: Config, steps: int | None) -> list[str]:
+    warmup = config.optim.warmup_steps
+    if warmup is None or steps is None or warmup <= steps:
+        return []
+    return [f"optim.warmup_steps {warmup} is more than the run's {steps} steps"]
+
+
+def batch_problems(config: Config) -> list[str]:
+    """Sentences about a global batch that the ranks and the micro-batch do not divide."""
+    total, world = config.global_batch_size, config.cluster.world_size
+    unit = world * (config.micro_batch_size or 1)
+    if total % unit == 0:
+        return []
+    low = total // unit * unit
+    near = " or ".join(str(v) for v in (low, low + unit) if v)
+    micro = config.micro_batch_size
+    problem = f"global_batch_size {total} is not a multiple of "
+    problem += f"micro_batch_size {micro} x world size {world} = {unit}" if micro else f"the world size {world}"
+    problem += f"; nearest global_batch_size: {near}"
+    if micro and total % world == 0:
+        share = total // world
+        fits = sorted((d for d in range(1, share + 1) if share % d == 0), key=lambda d: (abs(d - micro), d))[:2]
+        problem += f"; or micro_batch_size: {' or '.join(map(str, sorted(fits)))}"
+    return [problem]
+
+
+def cross_field_problems(config: Config) -> list[str]:
+    """Sentences about fields that do not fit each other, all of them."""
+    problems = batch_problems(config)
+    objective, optim = config.objective, config.optim
+    patches, masked = config.model.num_patches, round(objective.mask_ratio * config.model.num_patches)
+    if objective.mask_ratio and masked in (0, patches):
+        which = "all" if masked else "none"
+        problems.append(f"objective.mask_ratio {objective.mask_ratio} masks {which} of the {patches} patches")
+    problems += _warmup_problems(config, config.steps)
+    peak = optim.base_lr * config.global_batch_size / 256
+    if optim.min_lr > peak:
+        problems.append(f"optim.min_lr {optim.min_lr:g} is more than the peak learning rate {peak:g} (base_lr x batch / 256)")
+    if config.model.in_channels != 3:
+        problems.append(f"model.in_channels {config.model.in_channels}: the data loader makes RGB images, so training needs 3")
+    return problems
