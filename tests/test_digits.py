@@ -74,13 +74,13 @@ def test_composition_keeps_its_promises() -> None:
     for index in range(500):
         *small, main = scenes.scene(index).glyphs
         labels.append(scenes.read(index).label)
-        assert 2 <= len(small) <= 4
-        assert 0.45 <= main.size <= 0.75
+        assert 1 <= len(small) <= 3
+        assert 0.6 <= main.size <= 0.85
         for glyph in (*small, main):
             assert 0 <= glyph.x <= 1 - glyph.size
             assert 0 <= glyph.y <= 1 - glyph.size
         for glyph in small:
-            assert 0.15 <= glyph.size <= 0.25
+            assert 0.14 <= glyph.size <= 0.22
             cx, cy = main.x + main.size / 2, main.y + main.size / 2
             assert not (glyph.x < cx < glyph.x + glyph.size and glyph.y < cy < glyph.y + glyph.size)
     assert np.bincount(labels, minlength=10).min() > 25

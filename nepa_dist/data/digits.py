@@ -28,7 +28,7 @@ BACKGROUND = 10
 MIN_IMAGE_SIZE = 32
 """Pixels; below that the small digits are a smear."""
 
-_VERSION = 1  # rises when a scene changes
+_VERSION = 2  # rises when a scene changes
 _FIRST_VAL_DIGIT = 1437
 _STREAM = {"train": 0x64696701, "val": 0x64696702}
 _NUM_DRAWS = 96
@@ -63,7 +63,7 @@ class Scene(NamedTuple):
 
 
 class DigitScenes:
-    """Container of scenes: one large digit, its class, among two to four small ones.
+    """Container of scenes: one large digit, its class, among one to three small ones.
 
     Args:
         split: train (20,000 scenes) or val (2,000).
@@ -109,12 +109,12 @@ class DigitScenes:
         draws = iter(keyed_uniforms(_VERSION, _STREAM[self.split], index, count=_NUM_DRAWS).tolist())
         hue, dark = next(draws), next(draws) < 0.5
         start, end, ink = _palette(hue, dark, draws)
-        size = 0.45 + 0.3 * next(draws)
+        size = 0.6 + 0.25 * next(draws)
         main = Glyph(self._source(next(draws)), (1 - size) * next(draws), (1 - size) * next(draws), size, ink)
         small: list[Glyph] = []
-        angle, count = 2 * math.pi * next(draws), 2 + int(3 * next(draws))
+        angle, count = 2 * math.pi * next(draws), 1 + int(3 * next(draws))
         for _ in range(count):
-            size, colour = 0.15 + 0.1 * next(draws), _small_colour(hue, dark, next(draws))
+            size, colour = 0.14 + 0.08 * next(draws), _small_colour(hue, dark, next(draws))
             source, places = self._source(next(draws)), [(next(draws), next(draws)) for _ in range(_PLACES)]
             options = [Glyph(source, (1 - size) * x, (1 - size) * y, size, colour) for x, y in places]
             small.append(max(options, key=lambda glyph: min(_gap(glyph, other) for other in (main, *small))))

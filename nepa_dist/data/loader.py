@@ -15,6 +15,8 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,9 +124,14 @@ class _Loader:
             except StopIteration:
                 self.close()
                 return
-            except Exception:  # a worker died
-                self.close()
-                raise
+            except Exception as error:
+                try:
+                    death = _death_of_a_worker(getattr(self._batches, "_workers", ()))
+                finally:  # torch reports a death from a signal handler too, so that can raise at any point
+                    self.close()
+                if death is None:
+                    raise
+                raise RuntimeError(death) from error
             if isinstance(batch, DataError):
                 self.close()
                 raise batch
@@ -344,6 +351,19 @@ def _start_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED_SIGNALS)
     torch.set_num_threads(1)
+
+
+def _death_of_a_worker(workers: Sequence[BaseProcess]) -> str | None:
+    """What ended a worker, if one died: torch may report no more than a broken connection."""
+    # A dying process closes its files before its parent can see that it is dead: wait for the one, then for the other.
+    ended = wait([worker.sentinel for worker in workers], timeout=1.0) if workers else []
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join(1.0)
+        if code := worker.exitcode:
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            return f"DataLoader worker (pid {worker.pid}) {how}; a frequent cause is too little memory or shared memory"
+    return None
 
 
 @contextmanager
