@@ -35,7 +35,7 @@ def main() -> int:
     if code != 0:
         return code
     title = "3. Probe the frozen features of every layer, against the same model untrained."
-    code = _run([sys.executable, "-m", "nepa_dist.evaluate", str(RUN)], title)
+    code = _run([sys.executable, "-m", "nepa_dist.evaluate", str(RUN), "--num-train", "2000", "--num-test", "1000"], title)
     if code == 0:
         pictures = "\n".join(f"  {path}" for path in sorted((RUN / "figures").glob("*.png")))
         print(f"\nPictures:\n{pictures}\nRun folder: {RUN}    total {time.monotonic() - started:.0f} s")

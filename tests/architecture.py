@@ -14,36 +14,39 @@ from typing import NamedTuple
 
 PACKAGES = ("nepa_dist", "jobs", "data_prep")
 
-_LOOP = {
-    "tasks", "engines", "data", "checkpoint", "metrics", "guard", "optim", "state", "config", "presets", "visualize",
-    "keyed", "reporting", "run_folder",
-}  # fmt: skip
+_SETTINGS = {"config", "plan", "presets"}
+_LOOP = (
+    _SETTINGS
+    | {"checkpoint", "data", "engines", "guard", "keyed", "metrics", "optim"}
+    | {"reporting", "run_folder", "state", "tasks", "visualize"}
+)
 ARROWS: dict[str, set[str]] = {
-    "jobs": {
-        "config", "presets", "report", "train", "evaluate", "visualize", "data.containers", "guard", "run_folder",
-    },
+    "jobs": _SETTINGS
+    | {"config_load", "data.containers", "evaluate", "guard", "metrics.sinks", "report", "run_folder", "train", "visualize"},
     "data_prep": {"config", "data"},
     "train": _LOOP,
     "evaluate": _LOOP,
-    "export": {"model", "tasks", "config", "checkpoint"},
-    "report": {"config", "presets", "data.containers"},
-    "reporting": {"config", "engines", "metrics", "state"},
-    "tasks": {"model", "heads", "metrics.collapse", "config", "presets", "keyed"},
+    "reporting": _SETTINGS | {"engines", "metrics", "state"},
+    "export": {"checkpoint", "config", "heads", "model", "tasks"},
+    "report": _SETTINGS | {"data.containers"},
+    "tasks": {"config", "heads", "keyed", "metrics.collapse", "model", "presets"},
     "checkpoint": {"engines.base"},
-    "engines": {"config", "optim"},
+    "engines": {"config", "optim", "plan"},
+    "optim": {"config", "plan"},
     "visualize": {"metrics.sinks"},
     "guard": {"state"},
-    "optim": {"config"},
-    "model": {"config", "presets", "keyed"},
+    "model": {"config", "keyed", "presets"},
     "data": {"config", "presets"},
     "metrics": {"config", "presets"},
-    "heads": set(),
+    "config_load": _SETTINGS,
+    "plan": {"config", "presets"},
     "config": {"presets"},
-    "presets": set(),
-    "state": set(),
+    "heads": set(),
     "keyed": set(),
+    "presets": set(),
     "run_folder": set(),
-}  # fmt: skip
+    "state": set(),
+}
 """Room -> the rooms, or single modules of them, that it may import when it runs. Imports for types alone are free."""
 
 LIBRARIES: dict[str, tuple[str, ...]] = {

@@ -28,7 +28,7 @@ BACKGROUND = 10
 MIN_IMAGE_SIZE = 32
 """Pixels; below that the small digits are a smear."""
 
-_VERSION = 2  # rises when a scene changes
+_VERSION = 3  # rises when a scene changes
 _FIRST_VAL_DIGIT = 1437
 _STREAM = {"train": 0x64696701, "val": 0x64696702}
 _NUM_DRAWS = 96
@@ -107,14 +107,13 @@ class DigitScenes:
         if not 0 <= index < len(self):
             raise IndexError(f"scene {index} of {len(self)}")
         draws = iter(keyed_uniforms(_VERSION, _STREAM[self.split], index, count=_NUM_DRAWS).tolist())
-        hue, dark = next(draws), next(draws) < 0.5
-        start, end, ink = _palette(hue, dark, draws)
+        start, end, ink = _palette(draws)
         size = 0.6 + 0.25 * next(draws)
         main = Glyph(self._source(next(draws)), (1 - size) * next(draws), (1 - size) * next(draws), size, ink)
         small: list[Glyph] = []
         angle, count = 2 * math.pi * next(draws), 1 + int(3 * next(draws))
         for _ in range(count):
-            size, colour = 0.14 + 0.08 * next(draws), _small_colour(hue, dark, next(draws))
+            size, colour = 0.14 + 0.08 * next(draws), _hsv(next(draws), 0.4, 0.8)
             source, places = self._source(next(draws)), [(next(draws), next(draws)) for _ in range(_PLACES)]
             options = [Glyph(source, (1 - size) * x, (1 - size) * y, size, colour) for x, y in places]
             small.append(max(options, key=lambda glyph: min(_gap(glyph, other) for other in (main, *small))))
@@ -150,19 +149,14 @@ def _handwriting() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     return np.pad(ink, ((0, 0), (1, 1), (1, 1))), digits.target.astype(np.uint8)
 
 
-def _palette(hue: float, dark: bool, draws: Iterator[float]) -> tuple[Colour, Colour, Colour]:
-    """Two neighbouring background colours and an ink that stands out against both."""
-    near = hue + 0.06 + 0.12 * next(draws)
-    far = hue + 0.42 + 0.22 * next(draws)
-    if dark:
-        return _hsv(hue, 0.62, 0.26), _hsv(near, 0.52, 0.46), _hsv(far, 0.25 + 0.3 * next(draws), 1.0)
-    return _hsv(hue, 0.16, 0.98), _hsv(near, 0.36, 0.92), _hsv(far, 0.6 + 0.3 * next(draws), 0.32 + 0.25 * next(draws))
+def _palette(draws: Iterator[float]) -> tuple[Colour, Colour, Colour]:
+    """Two neighbouring background colours, dark and cool, and a pale ink that stands out against both.
 
-
-def _small_colour(hue: float, dark: bool, draw: float) -> Colour:
-    """Ink of a small digit: any hue but the background's, lighter or darker than it."""
-    other = hue + 0.25 + 0.5 * draw
-    return _hsv(other, 0.35, 0.9) if dark else _hsv(other, 0.55, 0.55)
+    Light on dark everywhere: with both polarities, a linear probe of a small model cannot tell the digits apart.
+    """
+    hue = 0.5 + 0.3 * next(draws)
+    near = hue + 0.05 + 0.1 * next(draws)
+    return _hsv(hue, 0.62, 0.22), _hsv(near, 0.52, 0.38), _hsv(next(draws), 0.1 + 0.2 * next(draws), 1.0)
 
 
 def _hsv(hue: float, saturation: float, value: float) -> Colour:

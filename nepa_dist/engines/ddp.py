@@ -38,10 +38,8 @@ class DDPEngine:
         self._root: nn.Module = self._task
         if dist.is_initialized() and dist.get_world_size() > 1:
             devices = [device] if device.type == "cuda" else None
-            # Weights are equal by construction (keyed initialisation, one checkpoint), and there are no buffers to agree on.
-            self._root = DistributedDataParallel(
-                self._task, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False
-            )
+            # Weights are equal by construction: keyed initialisation, one checkpoint.
+            self._root = DistributedDataParallel(self._task, device_ids=devices, gradient_as_bucket_view=True, init_sync=False)
         self._micro = 0
 
     def model(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -97,16 +97,17 @@ class PretrainTask(Task):
         self._step = 0
         self._observe = False
         self._observed: tuple[Tensor, Tensor, Tensor] | None = None
-        # A buffer and not a Python number: a new value each step must not recompile a compiled forward.
-        self.rope_scale: Tensor
-        self.register_buffer("rope_scale", torch.ones(()), persistent=False)
+        # A tensor and not a Python number: a new value each step must not recompile a compiled forward. Not a buffer: it
+        # follows from the step, so there is nothing for an engine to broadcast or save.
+        self.rope_scale = torch.ones(())
 
     def begin_step(self, step: int, *, observe: bool) -> None:
         """See :meth:`Task.begin_step`; draws the step's RoPE rescale, one for all ranks and micro-batches."""
         self._step, self._observe, self._observed = step, observe, None
         if self.backbone.config.rope_rescale > 1:
             uniform = torch.tensor(keyed_uniform(self.seed, "rope_scale", step))
-            self.rope_scale.fill_(float(self.backbone.rope_scale_from(uniform)))
+            scale = float(self.backbone.rope_scale_from(uniform))
+            self.rope_scale = torch.full((), scale, device=self.backbone.cls_token.device)
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the NEPA loss of ``batch["images"]`` [B, 3, H, W]; see :meth:`Task.forward`."""
@@ -115,7 +116,7 @@ class PretrainTask(Task):
             batch["images"],
             causal=objective.causal,
             drop_last=objective.drops_last_token,
-            rope_scale=self.rope_scale if self.training else None,
+            rope_scale=self.rope_scale.to(batch["images"].device) if self.training else None,
             corrupt=self.head if objective.mask_ratio > 0 else None,
         )
         embed, hidden = features.embed, features.hidden
