@@ -8,8 +8,8 @@ The protocol, the same for every layer, model and run:
 - k-NN: the mean of the training features is subtracted (it would make all angles small), then cosine distance, k = 20,
   one vote per neighbour; a tie goes to the smallest label.
 - Linear: each channel is standardised with the mean and deviation of the training features, then multinomial logistic
-  regression with an L2 penalty, C = 0.1 (scikit-learn's scale: the penalty is |W|^2 / 2C beside the *sum* of the losses), L-BFGS,
-  at most 1000 iterations. Nothing is tuned on the test split.
+  regression with an L2 penalty, C = 0.1 (scikit-learn's scale: the penalty is |W|^2 / 2C beside the *sum* of the losses),
+  L-BFGS, at most 1000 iterations. Nothing is tuned on the test split.
 - Reported is top-1 accuracy on the test split.
 
 What to expect: the paper's own linear probe of the last layer of NEPA-B on ImageNet is poor, 11.3 % from the last token and

@@ -5,8 +5,11 @@ Legend: n samples (tokens of all images), D width, M random directions.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def sigreg(x: Tensor, directions: Tensor, *, num_points: int = 17, cutoff: float = 3.0) -> Tensor:
@@ -27,12 +30,22 @@ def sigreg(x: Tensor, directions: Tensor, *, num_points: int = 17, cutoff: float
 
     Source: LeJEPA, arXiv 2511.08544, section 4 (knots and cutoff from its published code).
     """
-    t = torch.linspace(0, cutoff, num_points, device=x.device)
-    target = torch.exp(-t.square() / 2)
-    angles = (x.float() @ directions)[:, :, None] * t  # [n, M, points]
-    error = (angles.cos().mean(0) - target).square() + angles.sin().mean(0).square()
-    distance: Tensor = torch.trapezoid(error * target, t, dim=-1).mean()
-    return distance
+    projected = x.float() @ directions  # [n, M]
+    spacing = cutoff / (num_points - 1)
+    total = torch.zeros(projected.shape[1], device=x.device)
+    for k in range(num_points):
+        target = math.exp(-((k * spacing) ** 2) / 2)
+        # Recomputed in backward: what all knots keep together would be larger than the rest of the model.
+        error = checkpoint(_squared_error, projected, k * spacing, target, use_reentrant=False)
+        end = 0.5 if k in (0, num_points - 1) else 1.0
+        total = total + end * spacing * target * error
+    return total.mean()
+
+
+def _squared_error(projected: Tensor, t: float, target: float) -> Tensor:
+    """|phi(t) - target|^2 per direction, [M], with phi the empirical characteristic function of each column [n]."""
+    angles = projected * t
+    return (angles.cos().mean(0) - target).square() + angles.sin().mean(0).square()
 
 
 def random_directions(dim: int, count: int, *, seed: int, device: torch.device) -> Tensor:
