@@ -9,6 +9,7 @@ Exit codes of a rank and of the whole run: 0 finished, 75 stopped after saving (
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,11 +22,13 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, NamedTuple
 
+from nepa_dist.guard import EXIT_AGAIN, EXIT_DONE, STOP_SIGNALS
+
+USER_ERROR = 2
+"""Exit code of a rank that found a mistake in the configuration or the data."""
 REPO_ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER_PID = "NEPA_LAUNCHER_PID"
 """Environment variable with the process id of the launcher, for ranks that must die with it."""
-FINISHED, STOPPED = 0, 75
-FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 POLL_SECONDS = 0.05
 TAIL_LINES = 20
 
@@ -87,10 +90,18 @@ def run_local(
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that no process listens on at this moment."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
+    """A TCP port of 127.0.0.1 that no process listens on at this moment.
+
+    Below the range that the kernel hands out by itself, so that no passing connection takes it before rank 0 does.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as server:
+            try:
+                server.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def rank_environment(rank: int, world_size: int, port: int, base: Mapping[str, str]) -> dict[str, str]:
@@ -142,7 +153,7 @@ def _receive_signals(received: deque[int]) -> dict[int, signal._HANDLER]:
     def remember(number: int, _: FrameType | None) -> None:
         received.append(number)
 
-    previous: dict[int, signal._HANDLER] = {number: signal.signal(number, remember) for number in FORWARDED_SIGNALS}
+    previous: dict[int, signal._HANDLER] = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it, and then so do we
         # A closed terminal would end the launcher, and with it the ranks, before they have saved: ask them to stop instead.
         previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: received.append(signal.SIGTERM))
@@ -150,17 +161,22 @@ def _receive_signals(received: deque[int]) -> dict[int, signal._HANDLER]:
 
 
 def _wait(ranks: Sequence[Rank], received: deque[int], grace_seconds: float) -> int:
-    """Wait until all ranks have ended; when one fails, end the others. Returns the exit code of the run."""
+    """Wait until all ranks have ended; when one fails or stops alone, end the others. Returns the exit code of the run."""
     failed: list[Rank] = []
+    stopped = False
     kill_at = float("inf")
     while True:
         codes = [rank.process.poll() for rank in ranks]
         running = [rank for rank, code in zip(ranks, codes, strict=True) if code is None]
-        if not failed:
-            failed = [rank for rank, code in zip(ranks, codes, strict=True) if code not in (None, FINISHED, STOPPED)]
+        if not stopped and not failed and EXIT_AGAIN in codes and running:
+            # It was asked to stop before it had joined the others, and they wait for it in vain.
+            stopped, kill_at = True, time.monotonic() + grace_seconds
+        if not failed and not stopped:
+            failed = [rank for rank, code in zip(ranks, codes, strict=True) if code not in (None, EXIT_DONE, EXIT_AGAIN)]
             if failed:
                 # One that a signal ended did not fail because another went away; an error may have that reason.
-                failed.sort(key=lambda rank: rank.process.returncode > 0)
+                # A mistake of the user's on one rank makes the others lose it.
+                failed.sort(key=lambda rank: (rank.process.returncode > 0, rank.process.returncode != USER_ERROR))
                 _report(failed, len(running), grace_seconds)
                 _send(running, signal.SIGTERM)
                 kill_at = time.monotonic() + grace_seconds
@@ -176,7 +192,7 @@ def _wait(ranks: Sequence[Rank], received: deque[int], grace_seconds: float) -> 
         # Once more, at the end: the errors of the ranks that lost it may have come in between.
         print(f"the run failed: rank {first.number} {describe_exit(first.process.returncode)}", file=sys.stderr, flush=True)
         return max(1, failed[0].process.returncode)
-    return max(rank.process.returncode for rank in ranks)
+    return EXIT_AGAIN if any(rank.process.returncode != EXIT_DONE for rank in ranks) else EXIT_DONE
 
 
 def _send(ranks: Sequence[Rank], number: int) -> None:

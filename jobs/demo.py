@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # started as a file: the folder above holds both packages
 
+from nepa_dist.guard import EXIT_AGAIN  # noqa: E402
 from nepa_dist.metrics.sinks import read_curve  # noqa: E402
 
 RUN = Path("runs/demo")
@@ -30,7 +31,7 @@ def main() -> int:
     started = time.monotonic()
     pretrain = [sys.executable, "jobs/submit.py", *RECIPE]
     code = _run(pretrain, "1. Pretrain on scenes of handwritten digits; stopped on the way, as a scheduler would.", stop=True)
-    if code == 75:
+    if code == EXIT_AGAIN:
         code = _run(pretrain, "2. The same command again continues at the step where it stopped.")
     if code != 0:
         return code
@@ -45,6 +46,7 @@ def main() -> int:
 def _run(command: list[str], title: str, *, stop: bool = False) -> int:
     shown = ["python", *command[1:]]
     print(f"\n{title}\n$ {shlex.join(shown)}", flush=True)
+    stop = stop and _last_step() < STOP_AT_STEP
     process = subprocess.Popen(command)
     try:
         while process.poll() is None:

@@ -15,11 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from jobs.cluster import LAUNCHER_PID, STOPPED
-from nepa_dist.guard import STOP_SIGNALS
+from jobs.cluster import LAUNCHER_PID, USER_ERROR
+from nepa_dist.guard import EXIT_AGAIN, EXIT_FAILED, STOP_SIGNALS
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-FAILED, USER_ERROR = 1, 2
 
 
 def die_with_launcher() -> None:
@@ -34,13 +33,13 @@ def die_with_launcher() -> None:
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != int(launcher):  # it ended before the call above
-        os._exit(FAILED)
+        os._exit(EXIT_FAILED)
 
 
 def stop_outside_training(number: int, _: FrameType | None) -> NoReturn:
     """Handler of the stop signals before the training installs its own: there is nothing to save, so end as a stopped run."""
     os.write(2, f"stopped by {signal.Signals(number).name} outside of the training loop, nothing is lost\n".encode())
-    os._exit(STOPPED)
+    os._exit(EXIT_AGAIN)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,13 +62,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from nepa_dist.config_load import load_config
 
-        config = load_config([run_dir / "config.yaml"])
+        # The folder may have been moved since its configuration was written.
+        place = {"run_root": str(run_dir.absolute().parent), "name": run_dir.absolute().name}
+        config = load_config([run_dir / "config.yaml"]).model_copy(update=place)
         from nepa_dist.train import main as train
 
         return train(config)
     except Exception as error:
         if is_user_error(error):
             print(error, file=sys.stderr, flush=True)
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                os._exit(USER_ERROR)  # the interpreter's exit may wait for a collective that the other ranks are in
             return USER_ERROR
         _fail(error, run_dir)
 
@@ -94,7 +97,7 @@ def _fail(error: Exception, run_dir: Path) -> NoReturn:
             details += f"\n(this could not be written to {log}: {problem.strerror})"
     sys.stdout.flush()
     print(f"{details}\n{summary}", file=sys.stderr, flush=True)
-    os._exit(FAILED)
+    os._exit(EXIT_FAILED)
 
 
 if __name__ == "__main__":

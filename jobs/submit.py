@@ -22,14 +22,15 @@ if not __package__:  # started as a file: the folder above holds both packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from jobs import cluster
+from jobs.cluster import USER_ERROR
 from nepa_dist.config import Config, ConfigError, Section, changed_keys
 from nepa_dist.config_load import load_config
+from nepa_dist.guard import EXIT_AGAIN
 from nepa_dist.plan import make_plan
 from nepa_dist.report import build_report
 from nepa_dist.run_folder import write_text
 
 CONFIGS = cluster.REPO_ROOT / "configs"
-USER_ERROR = 2
 EXAMPLES = """\
 examples:
   python jobs/submit.py pretrain vit_tiny --data digits                  train on this machine, with embedded data
@@ -115,7 +116,7 @@ def launch(config: Config, changes: Sequence[str] = ()) -> int:
         return _refuse([f"a run is going on in {run_dir}; wait for it, stop it, or choose another --name"])
     except OSError as error:
         return _refuse([f"cannot start in {run_dir}: {error}"])
-    if code == cluster.STOPPED:
+    if code == EXIT_AGAIN:
         print(f"stopped after saving; the same command continues {run_dir}", file=sys.stderr)
     return code
 

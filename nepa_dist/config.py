@@ -157,8 +157,8 @@ class ObjectiveConfig(Section):
     """Do not feed the last patch: its output enters no loss and nothing sees it. In effect only with shift and causal."""
     anti_collapse: Literal["none", "sigreg", "vicreg"] = "none"
     """Regulariser on the targets beside (or instead of) the stop-gradient: SIGReg (arXiv 2511.08544), VICReg (2105.04906)."""
-    anti_collapse_weight: float = Field(0.05, ge=0)
-    """Weight of the regulariser in the loss."""
+    anti_collapse_weight: float = Field(1.0, ge=0)
+    """Weight of the regulariser in the loss; see configs/ablate for one that keeps the targets apart."""
 
     @property
     def drops_last_token(self) -> bool:
@@ -215,7 +215,7 @@ class OptimConfig(Section):
     base_lr: float = Field(3e-4, ge=0)
     """Peak learning rate per 256 images; the peak in effect is base_lr * global_batch_size / 256 (paper)."""
     min_lr: float = Field(0.0, ge=0)
-    """Learning rate at the last step (paper: 0)."""
+    """Learning rate that the cosine ends at, one step after the last (paper: 0)."""
     warmup_ratio: float = Field(0.025, ge=0, le=1)
     """Share of the steps with linear warm-up from 0 (paper: 40 of 1600 epochs)."""
     warmup_steps: int | None = Field(None, ge=0)
@@ -239,6 +239,8 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16_autocast"] = "bf16_autocast"
     """bf16_autocast (paper): fp32 weights, matrix products in bf16. fp16 is not offered: its range needs loss scaling."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False
+    """Only deterministic kernels on a GPU, slower; CPUs are deterministic as they are."""
     timeout_seconds: float = Field(600.0, gt=0)
     """A collective that waits longer than this fails."""
 
@@ -246,6 +248,8 @@ class EngineConfig(Section):
 class GuardConfig(Section):
     """When a run that goes wrong must end."""
 
+    max_consecutive_checkpoint_failures: int = Field(3, gt=0)
+    """Checkpoints in a row that cannot be written before the run ends with an error; the earlier ones stay."""
     max_consecutive_skips: int = Field(10, gt=0)
     """Steps in a row with a non-finite gradient (each is skipped and counted) before the run ends with an error."""
 
@@ -345,7 +349,7 @@ _NOT_IDENTITY |= {
     "data.prefetch_batches",
     "data.max_bad_samples",
 }
-_NOT_IDENTITY |= {"engine.timeout_seconds", "engine.device"}
+_NOT_IDENTITY |= {"engine.timeout_seconds", "engine.device", "engine.deterministic"}
 
 
 def _identity(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -105,13 +106,17 @@ def read_official(folder: str | Path, *, ema: bool = False) -> OfficialTask:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise OfficialFormatError(f"{config_file} is missing: an official checkpoint has its settings there")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OfficialFormatError(f"{config_file} is not JSON: {error}") from None
     names = ["pytorch_model_ema.bin"] if ema else ["model.safetensors", "pytorch_model.bin"]
     for name in names:
         file = folder / name
         if file.is_file():
             is_safe = file.suffix == ".safetensors"
             tensors = load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
-            return load_official(tensors, json.loads(config_file.read_text(encoding="utf-8")))
+            return load_official(tensors, config)
     raise OfficialFormatError(f"{folder} holds none of: {', '.join(names)}")
 
 
@@ -140,29 +145,35 @@ def model_from_official(config: Mapping[str, Any]) -> ModelConfig:
             problems.append(f"{field} = {config[field]!r} is not supported")
     if problems:
         raise OfficialFormatError(_listed("this is no NEPA config that can be loaded", problems))
-    # Defaults are those of the official configuration class, for fields that a file leaves out.
-    return ModelConfig.model_validate(
-        {
-            "embed_dim": config["hidden_size"],
-            "depth": config["num_hidden_layers"],
-            "num_heads": config["num_attention_heads"],
-            "mlp_hidden_dim": config["intermediate_size"],
-            "image_size": config["image_size"],
-            "patch_size": config["patch_size"],
-            "in_channels": config.get("num_channels", 3),
-            "gated_mlp": bool(config.get("use_gated_mlp", False)),
-            "activation": activation,
-            "norm_eps": config.get("layer_norm_eps", 1e-12),
-            "qkv_bias": config.get("qkv_bias", True),
-            "qk_norm": config.get("qk_norm", False),
-            "qk_norm_affine": config.get("qk_norm_affine", False),
-            "layer_scale_init": config.get("layerscale_value", 1e-5),
-            "rope_theta": config.get("rope_theta", 100.0),
-            "rope_rescale": config.get("pos_embed_rescale") or 1.0,
-            "drop_path": config.get("drop_path_prob", 0.0),
-            "init_std": config.get("initializer_range", 0.02),
-        }
-    )
+    try:
+        return ModelConfig.model_validate(_translate(config, activation))
+    except ValidationError as error:
+        fields = [f"{'.'.join(map(str, item['loc']))} {item['msg']}".strip() for item in error.errors()]
+        raise OfficialFormatError(_listed("this is no NEPA config that can be loaded", fields)) from None
+
+
+def _translate(config: Mapping[str, Any], activation: str | None) -> dict[str, Any]:
+    """Our names for the official fields; defaults are those of the official configuration class."""
+    return {
+        "embed_dim": config["hidden_size"],
+        "depth": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "mlp_hidden_dim": config["intermediate_size"],
+        "image_size": config["image_size"],
+        "patch_size": config["patch_size"],
+        "in_channels": config.get("num_channels", 3),
+        "gated_mlp": bool(config.get("use_gated_mlp", False)),
+        "activation": activation,
+        "norm_eps": config.get("layer_norm_eps", 1e-12),
+        "qkv_bias": config.get("qkv_bias", True),
+        "qk_norm": config.get("qk_norm", False),
+        "qk_norm_affine": config.get("qk_norm_affine", False),
+        "layer_scale_init": config.get("layerscale_value", 1e-5),
+        "rope_theta": config.get("rope_theta", 100.0),
+        "rope_rescale": config.get("pos_embed_rescale") or 1.0,
+        "drop_path": config.get("drop_path_prob", 0.0),
+        "init_std": config.get("initializer_range", 0.02),
+    }
 
 
 def official_config(task: OfficialTask) -> dict[str, Any]:

@@ -23,7 +23,7 @@ EXIT_AGAIN = 75
 """Stopped before the end with a checkpoint: run the same command again (sysexits' EX_TEMPFAIL)."""
 
 
-class RunAborted(RuntimeError):
+class RunAborted(ValueError):
     """The run cannot usefully go on; the message says why and what to do."""
 
 
@@ -77,6 +77,30 @@ def count_skip(state: TrainState, applied: bool, limit: int) -> None:
         )
 
 
+def count_save(state: TrainState, saved: bool, limit: int) -> None:
+    """Account for one attempt to write a checkpoint.
+
+    Args:
+        state: its failure counters are updated.
+        saved: whether the checkpoint is on disk.
+        limit: failures in a row that are tolerated.
+
+    Raises:
+        RunAborted: more than ``limit`` checkpoints in a row could not be written.
+    """
+    if saved:
+        state.consecutive_checkpoint_failures = 0
+        return
+    state.checkpoint_failures += 1
+    state.consecutive_checkpoint_failures += 1
+    if state.consecutive_checkpoint_failures > limit:
+        raise RunAborted(
+            f"{state.consecutive_checkpoint_failures} checkpoints in a row could not be written "
+            f"(guard.max_consecutive_checkpoint_failures is {limit}). Make room, then run again: the last one that was "
+            f"written is intact."
+        )
+
+
 def count_bad_samples(state: TrainState, found: Mapping[str, str], limit: int) -> dict[str, str]:
     """Account for unreadable images.
 
@@ -98,7 +122,7 @@ def count_bad_samples(state: TrainState, found: Mapping[str, str], limit: int) -
         raise RunAborted(
             f"{len(state.bad_samples)} images are unreadable, more than data.max_bad_samples = {limit}. "
             f"The last ones:\n{listed}\n"
-            f"Repair or remove them, or raise data.max_bad_samples."
+            f"Raise data.max_bad_samples to go on, or clean the data and start a run under another --name."
         )
     return new
 

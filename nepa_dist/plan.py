@@ -47,9 +47,13 @@ def make_plan(config: Config, num_samples: int) -> Plan:
         warmup_steps=warmup,
         micro_batch_size=micro,
         grad_accum_steps=share // micro,
-        peak_lr=optim.base_lr * config.global_batch_size / 256,
+        peak_lr=_peak_lr(config),
         num_tokens=1 + config.model.num_patches - config.objective.drops_last_token,
     )
+
+
+def _peak_lr(config: Config) -> float:
+    return config.optim.base_lr * config.global_batch_size / 256
 
 
 def _warmup_problems(config: Config, steps: int | None) -> list[str]:
@@ -87,7 +91,7 @@ def cross_field_problems(config: Config) -> list[str]:
         which = "all" if masked else "none"
         problems.append(f"objective.mask_ratio {objective.mask_ratio} masks {which} of the {patches} patches")
     problems += _warmup_problems(config, config.steps)
-    peak = optim.base_lr * config.global_batch_size / 256
+    peak = _peak_lr(config)
     if optim.min_lr > peak:
         problems.append(f"optim.min_lr {optim.min_lr:g} is more than the peak learning rate {peak:g} (base_lr x batch / 256)")
     if config.model.in_channels != 3:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import resource
 import time
 from collections.abc import Mapping
@@ -19,8 +18,6 @@ from nepa_dist.metrics.meter import Meter
 from nepa_dist.metrics.sinks import ConsoleSink, JsonlSink, LogSink, Sink
 from nepa_dist.plan import Plan
 from nepa_dist.state import TrainState
-
-logger = logging.getLogger(__name__)
 
 
 class StepReport:
@@ -39,6 +36,7 @@ class StepReport:
         stop: whether this rank was asked to stop.
         bad: new unreadable images on this rank.
         data_wait: seconds that the step stood still for data.
+        observed: whether ``gauges`` were taken, so that the step must be logged.
     """
 
     def __init__(
@@ -53,8 +51,9 @@ class StepReport:
         stop: bool,
         bad: int,
         data_wait: float,
+        observed: bool,
     ) -> None:
-        self.step, self.lr, self.data_wait = step, lr, data_wait
+        self.step, self.lr, self.data_wait, self.observed = step, lr, data_wait, observed
         self.clock = time.perf_counter()
         self._names = [*means, "stop", "bad", *gauges, "grad_norm", "applied"]
         self._num_means, self._world_size = len(means), world.world_size

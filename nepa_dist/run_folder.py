@@ -2,7 +2,7 @@
 
 ```
 runs/NAME/
-  config.yaml        the resolved configuration; feed it back with --config to repeat the run
+  config.yaml        the resolved configuration; repeat the run with --config FILE --name OTHER
   run.json           one entry per start: versions, git state, world, seed, where it continued, the metrics endpoint
   log.txt            what the run said, with times
   metrics.jsonl      one line per logged step
@@ -56,6 +56,12 @@ def append_start(run_dir: Path, start: dict[str, Any]) -> None:
     path = run_dir / "run.json"
     starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
     write_text(path, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
+
+
+def count_starts(run_dir: Path) -> int:
+    """How often the run has begun to train so far."""
+    path = run_dir / "run.json"
+    return len(json.loads(path.read_text(encoding="utf-8"))["starts"]) if path.exists() else 0
 
 
 def versions() -> dict[str, str]:

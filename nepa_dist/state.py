@@ -20,9 +20,11 @@ class TrainState:
     consecutive_skips: int = 0
     """Skipped updates since the last applied one."""
     restarts: int = 0
-    """How often the run was continued from a checkpoint."""
+    """How often the run was started again."""
     checkpoint_failures: int = 0
     """Checkpoints that could not be written."""
+    consecutive_checkpoint_failures: int = 0
+    """The same, since the last one that was written."""
     bad_samples: dict[str, str] = field(default_factory=dict)
     """Unreadable images by name, with the reason."""
 

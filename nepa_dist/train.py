@@ -6,11 +6,10 @@ formats in ``data``; the loop names none of them.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,23 +17,31 @@ import torch
 from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.checkpoint.store import CheckpointStore
 from nepa_dist.config import Config, ConfigError, changed_keys
+from nepa_dist.data.augment import AUGMENT_VERSION
 from nepa_dist.data.containers import Container, open_container
 from nepa_dist.data.device import to_device
 from nepa_dist.data.loader import Batch, TrainLoader
 from nepa_dist.engines.base import Engine, build_engine
 from nepa_dist.engines.mesh import World, join_world, leave_world
-from nepa_dist.guard import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, RunAborted, RunLock, StopFlag, count_bad_samples, count_skip
+from nepa_dist.guard import (
+    EXIT_AGAIN,
+    EXIT_DONE,
+    EXIT_FAILED,
+    RunAborted,
+    RunLock,
+    StopFlag,
+    count_bad_samples,
+    count_save,
+    count_skip,
+)
 from nepa_dist.keyed import keyed_seed
 from nepa_dist.optim import learning_rate
 from nepa_dist.plan import Plan, make_plan
 from nepa_dist.reporting import Reporter, StepReport
-from nepa_dist.run_folder import append_start, describe_start, versions
+from nepa_dist.run_folder import append_start, count_starts, describe_start, versions
 from nepa_dist.state import TrainState
-from nepa_dist.tasks.base import Task
-from nepa_dist.tasks.pretrain import PretrainTask
+from nepa_dist.tasks.base import Task, build_task
 from nepa_dist.visualize import plot_curves
-
-logger = logging.getLogger(__name__)
 
 
 def main(config: Config) -> int:
@@ -50,17 +57,14 @@ def main(config: Config) -> int:
         ConfigError: the configuration, the data and what is in the run folder do not fit together.
         DataError: the data cannot be opened.
     """
+    world = join_world(config.engine, config.cluster.world_size)
     with StopFlag() as stop:
-        world = join_world(config.engine, config.cluster.world_size)
-        try:
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-            with RunLock(config.run_dir) if world.is_main else nullcontext():
-                return _run(config, world, stop)
-        except RunAborted as error:
-            logger.error("%s", error)
-            return EXIT_FAILED
-        finally:
-            leave_world()
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        with RunLock(config.run_dir) if world.is_main else nullcontext():
+            code = _run(config, world, stop)
+    # Not after an error on this rank alone: leaving is a collective for NCCL, and the others may be in another one.
+    leave_world()
+    return code
 
 
 @dataclass
@@ -80,7 +84,7 @@ class Run:
 def _run(config: Config, world: World, stop: StopFlag) -> int:
     container = open_container(config.data.source, "train", image_size=config.model.image_size)
     plan = make_plan(config, len(container))
-    task = PretrainTask(config.model, config.objective, seed=config.seed)
+    task = build_task(config)
     engine = build_engine(task, config, plan, world.device)
     options = config.checkpoint
     store = CheckpointStore(
@@ -90,51 +94,48 @@ def _run(config: Config, world: World, stop: StopFlag) -> int:
         shard_bytes=options.shard_bytes,
     )
     run = Run(config, plan, world, task, engine, store, TrainState(), container)
-    try:
-        notes = resume(run)
-        reporter = Reporter(config, plan, world, run.state)
-        try:
-            if run.state.step >= plan.steps:
-                reporter.event(f"this run is finished: {config.run_dir} holds all {plan.steps} steps; nothing to do")
-                return EXIT_DONE
-            _announce(run, reporter, notes)
-            code = train(run, reporter, stop)
-            _draw(run, reporter)
-        except RunAborted as error:
-            reporter.event(str(error))
-            return EXIT_FAILED
-        finally:
-            reporter.close()
-        return code
-    finally:
-        engine.close()
-
-
-def train(run: Run, reporter: Reporter, stop: StopFlag) -> int:
-    """Run updates until the last one or until a signal; returns the exit code."""
-    config, plan, state = run.config, run.plan, run.state
+    notes = resume(run)
     loader = _open_loader(run)
-    batches = iter(loader)
-    pending: StepReport | None = None
-    bad: dict[str, str] = {}
+    batches = iter(loader)  # forks the workers, before any thread is started
+    reporter = Reporter(config, plan, world, run.state)
     try:
-        while True:
-            report = update(run, batches, bad, stop)
-            stopping = _settle(run, reporter, pending, bad)
-            pending = report
-            done = state.step >= plan.steps
-            if done or stopping or state.step % config.checkpoint.every == 0:
-                stopping |= _settle(run, reporter, pending, bad)
-                pending = None
-                saved = save(run, reporter)
-                if done or stopping:
-                    return _finish(run, reporter, done, saved, stop)
+        if run.state.step >= plan.steps:
+            reporter.event(f"this run is finished: {config.run_dir} holds all {plan.steps} steps; nothing to do")
+            code = EXIT_DONE
+        else:
+            _announce(run, reporter, notes)
+            code = train(run, batches, reporter, stop)
+            _draw(run, reporter)
+    except RunAborted as error:  # on all ranks at the same step
+        reporter.event(str(error))
+        code = EXIT_FAILED
     finally:
         loader.close()
+        reporter.close()
+    engine.close()
+    return code
+
+
+def train(run: Run, batches: Iterator[Batch], reporter: Reporter, stop: StopFlag) -> int:
+    """Run updates until the last one or until a signal; returns the exit code."""
+    config, plan, state = run.config, run.plan, run.state
+    pending: StepReport | None = None
+    bad: dict[str, str] = {}
+    while True:
+        report = update(run, batches, bad, stop)
+        stopping = _settle(run, reporter, pending, bad)
+        pending = report
+        done = state.step >= plan.steps
+        if done or stopping or state.step % config.checkpoint.every == 0:
+            stopping |= _settle(run, reporter, pending, bad)
+            pending = None
+            saved = save(run, reporter)
+            if done or stopping:
+                return _finish(run, reporter, done, saved, stop)
 
 
 def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFlag) -> StepReport:
-    """One optimizer update over the global batch. Nothing in it waits for the device.
+    """One optimizer update over the global batch. Nothing in it waits for the device, but for the gauges of observed steps.
 
     Args:
         run: the run; its state advances by one step.
@@ -176,6 +177,7 @@ def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFl
         stop=stop.is_set,
         bad=len(bad) - known,
         data_wait=data_wait,
+        observed=observe,
     )
 
 
@@ -197,7 +199,7 @@ def _settle(run: Run, reporter: Reporter, report: StepReport | None, bad: dict[s
     count_skip(run.state, applied, run.config.guard.max_consecutive_skips)
     reporter.count(report)
     every, last = run.config.metrics.every, report.step == run.plan.steps
-    if report.step % every == 0 or last or "prediction_cosine" in values:
+    if report.step % every == 0 or last or report.observed:
         reporter.log(report, values)
     return stopping
 
@@ -215,6 +217,9 @@ def resume(run: Run) -> list[str]:
         found = run.store.latest()
         notes += [f"passed over the damaged checkpoint {bad}: {reason}" for bad, reason in found.passed_over]
         path = found.path
+        if path is None and found.passed_over:
+            raise ConfigError(["no checkpoint verifies; move the folder away to start over", *notes])
+        run.state.restarts = count_starts(run.config.run_dir)
     path = run.world.gather(path)[0]
     if path is None:
         return notes
@@ -222,18 +227,23 @@ def resume(run: Run) -> list[str]:
     manifest, reader = run.store.open(path, check_digests=False)
     meta = manifest.meta
     problems = [f"{key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in changed_keys(meta["config"], run.config)]
+    if meta["augment_version"] != AUGMENT_VERSION:
+        problems.append(f"augmentation: version {meta['augment_version']} in the checkpoint, {AUGMENT_VERSION} in this code")
     if meta["data_fingerprint"] != run.container.fingerprint:
         problems.append(f"data.source: {run.config.data.source} holds other images than those the run began with")
     if problems:
         raise ConfigError([f"{path} was made with other settings; use another --name or the same settings", *problems])
     run.engine.load_named_state(reader)
-    run.state = TrainState.from_dict(meta["state"])
-    run.state.restarts += 1
+    run.state = replace(TrainState.from_dict(meta["state"]), restarts=run.state.restarts)
     return [*notes, f"continuing from {path}, step {run.state.step}"]
 
 
 def save(run: Run, reporter: Reporter) -> bool:
-    """Write a checkpoint from all ranks; returns whether it is on disk. A failure is counted and training may go on."""
+    """Write a checkpoint from all ranks; returns whether it is on disk. A failure is counted and training may go on.
+
+    Raises:
+        RunAborted: too many checkpoints in a row could not be written.
+    """
     start = time.perf_counter()
     problem: str | None = None
     entries = run.engine.named_state()
@@ -243,22 +253,29 @@ def save(run: Run, reporter: Reporter) -> bool:
             "config": run.config.model_dump(mode="json"),
             "config_digest": run.config.digest(),
             "data_fingerprint": run.container.fingerprint,
+            "augment_version": AUGMENT_VERSION,
             "world_size": run.world.world_size,
             "versions": versions(),
         }
         try:
-            run.store.save(run.state.step, entries, meta)
+            run.store.save(run.state.step, entries, meta, expected_bytes=_checkpoint_bytes(run))
         except CheckpointError as error:
             problem = str(error)
     else:
         for _ in entries:  # takes part in the collectives
             pass
     problem = run.world.gather(problem)[0]
-    if problem is not None:
-        run.state.checkpoint_failures += 1
-        reporter.event(f"checkpoint at step {run.state.step} failed: {problem}")
     reporter.saved(time.perf_counter() - start)
+    if problem is not None:
+        reporter.event(f"checkpoint at step {run.state.step} failed: {problem}")
+    count_save(run.state, problem is None, run.config.guard.max_consecutive_checkpoint_failures)
     return problem is None
+
+
+def _checkpoint_bytes(run: Run) -> int:
+    """Size of a checkpoint: weight, two moments and the average, fp32."""
+    numel = sum(parameter.numel() for parameter in run.task.parameters())
+    return numel * 4 * (3 if run.config.optim.ema_decay is None else 4)
 
 
 def _finish(run: Run, reporter: Reporter, done: bool, saved: bool, stop: StopFlag) -> int:

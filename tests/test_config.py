@@ -1,7 +1,5 @@
 """The configuration as a user meets it: layers, presets, mistakes in words, what follows from it, and what identifies a run."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Callable

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from spawn import run_ranks
 
 from nepa_dist.config import Config
 from nepa_dist.engines.base import StateMismatchError, build_engine
 from nepa_dist.engines.mesh import World
 from nepa_dist.plan import make_plan
 from nepa_dist.tasks.pretrain import PretrainTask
+from spawn import run_ranks
 
 MODEL = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "rope_rescale": 1.0}
 CPU = torch.device("cpu")

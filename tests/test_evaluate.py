@@ -8,14 +8,31 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = ["model.depth=2", "model.embed_dim=32", "model.num_heads=2", "steps=30", "global_batch_size=16", "optim.base_lr=0.05"]
+SETTINGS = [
+    "model.depth=2",
+    "model.embed_dim=32",
+    "model.num_heads=2",
+    "steps=60",
+    "global_batch_size=16",
+    "optim.base_lr=0.05",
+]
+SETTINGS += ["optim.ema_decay=0.8", "checkpoint.every=60"]
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "probe-me"
     sets = [part for setting in SETTINGS for part in ("--set", setting)]
-    command = [sys.executable, str(ROOT / "jobs/submit.py"), "pretrain", "vit_tiny", "--data", "digits", "--run-dir", str(folder)]
+    command = [
+        sys.executable,
+        str(ROOT / "jobs/submit.py"),
+        "pretrain",
+        "vit_tiny",
+        "--data",
+        "digits",
+        "--run-dir",
+        str(folder),
+    ]
     subprocess.run([*command, *sets], check=True, timeout=120, capture_output=True)
     return folder
 
@@ -29,9 +46,11 @@ def evaluate(*arguments):
 def test_table_json_and_picture(run_dir):
     result = evaluate(run_dir, "--num-train", "300", "--num-test", "100")
     assert result.returncode == 0, result.stderr
-    assert "step 30, ema weights" in result.stdout
+    assert "step 60, ema weights" in result.stdout
     values = json.loads((run_dir / "evaluation.json").read_text())
-    assert [row["layer"] for row in values["trained"]] == ["embed", 0, 1, "final"] == [row["layer"] for row in values["untrained"]]
+    assert (
+        [row["layer"] for row in values["trained"]] == ["embed", 0, 1, "final"] == [row["layer"] for row in values["untrained"]]
+    )
     assert all(0 <= row[kind] <= 1 for row in (*values["trained"], *values["untrained"]) for kind in ("knn", "linear"))
     assert (values["num_train"], values["num_test"]) == (300, 100)
     objective = values["objective"]
@@ -44,10 +63,12 @@ def test_table_json_and_picture(run_dir):
 
 
 def test_raw_weights_on_request(run_dir):
-    before = json.loads((run_dir / "evaluation.json").read_text())["objective"]["loss"]
-    result = evaluate(run_dir, "--raw", "--num-train", "100", "--num-test", "50")
-    assert "step 30, raw weights" in result.stdout
-    assert json.loads((run_dir / "evaluation.json").read_text())["objective"]["loss"] != before
+    losses = []
+    for options, kind in (([], "ema"), (["--raw"], "raw")):
+        result = evaluate(run_dir, *options, "--num-train", "100", "--num-test", "50")
+        assert f"step 60, {kind} weights" in result.stdout
+        losses.append(json.loads((run_dir / "evaluation.json").read_text())["objective"]["loss"])
+    assert losses[0] != losses[1]
 
 
 def test_what_cannot_be_evaluated_is_said_in_one_line(run_dir, tmp_path):

@@ -155,7 +155,7 @@ def test_other_settings_in_the_same_folder_are_refused_key_by_key(started: Start
     submit_ok(*command)
     saved = (started.calls[0][0] / "config.yaml").read_text()
     text = refused(*command, "--set", "optim.base_lr=1", "--set", "objective.shift=false", "--set", "metrics.every=77")
-    assert "optim.base_lr: 0.004 -> 1.0" in text
+    assert "optim.base_lr: 0.008 -> 1.0" in text
     assert "objective.shift: true -> false" in text
     assert "--name" in text
     assert "metrics.every" not in text, "it may differ, so it is not part of the problem"

@@ -70,6 +70,8 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
         raise BadImage(f"not an image ({', '.join(_FORMATS)} are read)") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadImage(f"too large: {error}") from None
+    except MemoryError:  # of this process, not of the image
+        raise
     except Exception as error:  # a damaged file can raise almost anything in a decoder
         raise BadImage(f"cannot be decoded: {error or type(error).__name__}") from error
 
@@ -90,6 +92,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except MemoryError:  # of this process, not of the image
+        raise
     except Exception:  # damaged metadata around good pixels: the image counts as upright
         return 1
 

@@ -103,6 +103,8 @@ class _Loader:
             prefetch_factor=prefetch_batches if num_workers else None,
             pin_memory=pin_memory,
             worker_init_fn=_start_worker,
+            # Forked workers share the container's memory and inherit the blocked signals.
+            multiprocessing_context="fork" if num_workers else None,
             generator=torch.Generator(),  # otherwise each iteration draws from the global one
         )
         self._close_at_exit = _closer(weakref.ref(self))

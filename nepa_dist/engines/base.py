@@ -69,7 +69,7 @@ class Engine(Protocol):
         """Set every parameter's state. A collective.
 
         Raises:
-            StateMismatchError: names or shapes differ; every difference is listed.
+            StateMismatchError: names differ (all are listed, nothing has changed), or the shape of one parameter.
         """
         ...
 

@@ -60,6 +60,9 @@ def join_world(config: EngineConfig, world_size: int) -> World:
     if size != world_size:
         raise ConfigError([f"WORLD_SIZE is {size}, but cluster.nodes x cluster.gpus_per_node is {world_size}"])
     device = _choose_device(config.device, local_rank)
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(config.deterministic)
+        torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
     if size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from nepa_dist.config import Config
+from nepa_dist.metrics.collapse import AllReduce
 from nepa_dist.model import VisionTransformer
-
-AllReduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over the ranks, in place, and returns it."""
 
 
 class Task(nn.Module):
@@ -44,3 +43,10 @@ class Task(nn.Module):
     def health(self, all_reduce: AllReduce | None = None) -> dict[str, Tensor]:
         """Gauges of the representation from the last observed step, 0-d tensors by metric name. A collective."""
         return {}
+
+
+def build_task(config: Config) -> Task:
+    """The task that a configuration names, with its initial weights, on the CPU."""
+    from nepa_dist.tasks.pretrain import PretrainTask
+
+    return {"pretrain": PretrainTask}[config.task](config.model, config.objective, seed=config.seed)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from nepa_dist.config import ModelConfig, ObjectiveConfig
 from nepa_dist.keyed import keyed_seed, keyed_uniform
-from nepa_dist.metrics.collapse import collapse_metrics
+from nepa_dist.metrics.collapse import AllReduce, collapse_metrics
 from nepa_dist.model import VisionTransformer, init_weights
-from nepa_dist.tasks.base import AllReduce, Task
+from nepa_dist.tasks.base import Task
 from nepa_dist.tasks.regularizers import random_directions, sigreg, vicreg
 
 SIGREG_DIRECTIONS = 256
@@ -94,20 +94,23 @@ class PretrainTask(Task):
         self.backbone = VisionTransformer(model, seed=seed)
         self.head = PretrainHead(model.embed_dim, self.objective.mask_ratio)
         init_weights(self.head, seed, std=model.init_std)
-        self._step = 0
         self._observe = False
         self._observed: tuple[Tensor, Tensor, Tensor] | None = None
         # A tensor and not a Python number: a new value each step must not recompile a compiled forward. Not a buffer: it
         # follows from the step, so there is nothing for an engine to broadcast or save.
         self.rope_scale = torch.ones(())
+        self._draw_directions(0, torch.device("cpu"))
 
     def begin_step(self, step: int, *, observe: bool) -> None:
         """See :meth:`Task.begin_step`; draws the step's RoPE rescale, one for all ranks and micro-batches."""
-        self._step, self._observe, self._observed = step, observe, None
+        self._observe, self._observed = observe, None
+        device = self.backbone.cls_token.device
+        if self.objective.anti_collapse == "sigreg":
+            self._draw_directions(step, device)
         if self.backbone.config.rope_rescale > 1:
             uniform = torch.tensor(keyed_uniform(self.seed, "rope_scale", step))
             scale = float(self.backbone.rope_scale_from(uniform))
-            self.rope_scale = torch.full((), scale, device=self.backbone.cls_token.device)
+            self.rope_scale = torch.full((), scale, device=device)
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the NEPA loss of ``batch["images"]`` [B, 3, H, W]; see :meth:`Task.forward`."""
@@ -132,13 +135,16 @@ class PretrainTask(Task):
             self._observed = (prediction, target, embed.detach()[:, : target.shape[1]])
         return loss, logs
 
+    def _draw_directions(self, step: int, device: torch.device) -> None:
+        seed = keyed_seed(self.seed, "sigreg", step)
+        width = self.backbone.config.embed_dim
+        self._directions = random_directions(width, SIGREG_DIRECTIONS, seed=seed, device=device)
+
     def _anti_collapse(self, tokens: Tensor) -> Tensor:
         with torch.autocast(tokens.device.type, enabled=False):
             if self.objective.anti_collapse == "vicreg":
                 return vicreg(tokens)
-            seed = keyed_seed(self.seed, "sigreg", self._step)
-            directions = random_directions(tokens.shape[1], SIGREG_DIRECTIONS, seed=seed, device=tokens.device)
-            return sigreg(tokens, directions)
+            return sigreg(tokens, self._directions.to(tokens.device))
 
     def health(self, all_reduce: AllReduce | None = None) -> dict[str, Tensor]:
         """Collapse gauges and skill of the last observed step; see :meth:`Task.health`."""

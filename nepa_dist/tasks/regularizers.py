@@ -16,8 +16,9 @@ def sigreg(x: Tensor, directions: Tensor, *, num_points: int = 17, cutoff: float
     """Sketched isotropic Gaussian regularisation: Epps-Pulley distance of random projections from N(0, 1).
 
     For each direction a: integral over t of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), where phi is the empirical
-    characteristic function of x a, by the trapezoid rule on [0, cutoff]. The factor n of the test statistic is left out, so
-    that the weight in a loss does not depend on the batch size.
+    characteristic function of x a, by the trapezoid rule on [0, cutoff]. The published statistic is 2 n times this (n from the
+    test, 2 for the negative half of the axis). It is left out, so that a weight means the same for every batch size; weights
+    are therefore larger than the published ones (complete collapse to zero gives 0.2).
 
     Args:
         x: [n, D].
@@ -36,7 +37,7 @@ def sigreg(x: Tensor, directions: Tensor, *, num_points: int = 17, cutoff: float
     for k in range(num_points):
         target = math.exp(-((k * spacing) ** 2) / 2)
         # Recomputed in backward: what all knots keep together would be larger than the rest of the model.
-        error = checkpoint(_squared_error, projected, k * spacing, target, use_reentrant=False)
+        error = checkpoint(_squared_error, projected, k * spacing, target, use_reentrant=False, preserve_rng_state=False)
         end = 0.5 if k in (0, num_points - 1) else 1.0
         total = total + end * spacing * target * error
     return total.mean()
@@ -52,7 +53,8 @@ def random_directions(dim: int, count: int, *, seed: int, device: torch.device) 
     """Unit columns [dim, count], drawn on the CPU so that every rank and device gets the same ones."""
     directions = torch.randn(dim, count, generator=torch.Generator().manual_seed(seed))
     unit: Tensor = directions / directions.norm(dim=0, keepdim=True)
-    return unit.to(device, non_blocking=True)
+    # From page-locked memory the copy runs beside the computation; from any other it would wait for the device.
+    return (unit.pin_memory() if device.type == "cuda" else unit).to(device, non_blocking=True)
 
 
 def vicreg(x: Tensor, *, covariance_weight: float = 0.04, eps: float = 1e-4) -> Tensor:
