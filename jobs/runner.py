@@ -101,4 +101,8 @@ def _fail(error: Exception, run_dir: Path) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    # While it ends, the interpreter gives signals their default back, and one of them would make a good run a failed one.
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, signal.SIG_IGN)
+    sys.exit(code)

@@ -140,6 +140,10 @@ def collect_layers(args: argparse.Namespace) -> tuple[Layers, list[str]]:
         if value is not None:
             overrides.append(f"{key}={json.dumps(value, ensure_ascii=False)}")  # JSON is YAML, whatever the text holds
 
+    for option in ("data", "run_dir", "name"):
+        if getattr(args, option) == "":
+            problems.append(f"--{option.replace('_', '-')} is empty")
+            setattr(args, option, None)
     add("recipe", args.task, args.recipe)
     if args.data in recipe_names("data"):
         add("data", "data", args.data)
@@ -347,4 +351,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted before anything was started")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -300,7 +301,7 @@ class Config(Section):
     """One run."""
 
     task: Literal["pretrain"] = "pretrain"
-    name: str = Field("pretrain", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    name: str = "pretrain"
     """Name of the run; its folder is run_root/name."""
     run_root: str = "runs"
     seed: int = Field(1337, ge=0, lt=2**63)
@@ -322,6 +323,14 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
+            rule = "1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+            raise ValueError(f"{value!r} cannot name a run (--name, or the last part of --run-dir): it takes {rule}")
+        return value
 
     @property
     def run_dir(self) -> Path:

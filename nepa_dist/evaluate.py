@@ -3,8 +3,8 @@
 ``python -m nepa_dist.evaluate RUN`` reads the newest checkpoint that verifies, uses the averaged weights where there are any,
 prints a table and writes ``RUN/evaluation.json`` and ``RUN/figures/probe.png``.
 
-The objective is measured in fp32 on the first images of the validation split, centre crops, without the random rescale. The
-protocol of the probes is that of :mod:`nepa_dist.tasks.probe`.
+The objective is measured in fp32 on 512 images spread over the validation split: centre crops, no masking, no random rescale.
+The protocol of the probes is that of :mod:`nepa_dist.tasks.probe`.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ class Evaluation(NamedTuple):
     weights: str
     num_train: int
     num_test: int
+    k: int
+    """Neighbours of the k-NN probe."""
     objective: dict[str, float]
     """Loss, skills and collapse gauges on validation images, by metric name."""
     trained: list[ProbeRow]
@@ -104,8 +106,9 @@ def evaluate(loaded: Loaded, source: str | None, *, num_train: int, num_test: in
     layers: list[Layer] = ["embed", *range(config.model.depth), "final"]
     causal = config.objective.causal
     fresh = PretrainTask(config.model, config.objective, seed=config.seed).to(device)
-    rows = [probe_layers(t.backbone, train, test, layers=layers, causal=causal) for t in (loaded.task, fresh)]
-    return Evaluation(loaded.step, loaded.weights, len(train), len(test), objective, *rows)
+    k = min(20, len(train))
+    rows = [probe_layers(t.backbone, train, test, layers=layers, causal=causal, k=k) for t in (loaded.task, fresh)]
+    return Evaluation(loaded.step, loaded.weights, len(train), len(test), k, objective, *rows)
 
 
 class _Batches:
@@ -142,6 +145,8 @@ def _measure_objective(task: PretrainTask, batches: _Batches) -> dict[str, float
         parts.append((prediction, target, features.embed[:, : target.shape[1]]))
         losses.append(float(loss))
         sizes.append(len(target))
+    if not parts:
+        raise ValueError("no image of the validation split can be read")
     prediction, target, current = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     mean = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
     return {"loss": mean, **{name: float(value) for name, value in collapse_metrics(prediction, target, current).items()}}
@@ -159,7 +164,7 @@ def format_evaluation(result: Evaluation) -> str:
         f"  effective rank of targets          {objective['embedding_effective_rank.target']:8.1f}",
         "",
         f"top-1 accuracy in %, mean of the patch tokens, {result.num_train} training and {result.num_test} test images",
-        f"{'':>8}{'k-NN (k = 20)':>24}{'linear':>24}",
+        f"{'':>8}{f'k-NN (k = {result.k})':>24}{'linear':>24}",
         f"{'layer':>8}{'trained':>12}{'untrained':>12}{'trained':>12}{'untrained':>12}",
     ]
     for row, base in zip(result.trained, result.untrained, strict=True):
@@ -188,13 +193,22 @@ def write_evaluation(run_dir: Path, result: Evaluation) -> list[Path]:
     return [run_dir / "evaluation.json", picture]
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m nepa_dist.evaluate", description="Probe a pretraining run.")
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--data", metavar="NAME|FOLDER", help="labelled data with a validation split; default: the run's own")
-    parser.add_argument("--num-train", type=int, default=5000, metavar="N", help="images that the probes learn from (5000)")
-    parser.add_argument("--num-test", type=int, default=2000, metavar="N", help="images that they are judged on (2000)")
+    parser.add_argument(
+        "--num-train", type=_positive, default=5000, metavar="N", help="images that the probes learn from (5000)"
+    )
+    parser.add_argument("--num-test", type=_positive, default=2000, metavar="N", help="images that they are judged on (2000)")
     parser.add_argument("--raw", action="store_true", help="use the weights themselves, not their average")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -114,10 +114,19 @@ def read_official(folder: str | Path, *, ema: bool = False) -> OfficialTask:
     for name in names:
         file = folder / name
         if file.is_file():
-            is_safe = file.suffix == ".safetensors"
-            tensors = load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
-            return load_official(tensors, config)
+            return load_official(_read_tensors(file), config)
     raise OfficialFormatError(f"{folder} holds none of: {', '.join(names)}")
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        is_safe = file.suffix == ".safetensors"
+        tensors = load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has its own errors, and torch's advises to load unsafely
+        raise OfficialFormatError(f"{file} does not hold plain tensors, or is damaged ({type(error).__name__})") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise OfficialFormatError(f"{file} does not hold a dict of tensors")
+    return tensors
 
 
 def write_official(task: OfficialTask, folder: str | Path) -> None:

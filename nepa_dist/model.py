@@ -234,10 +234,11 @@ class VisionTransformer(nn.Module):
 
     def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         size, channels = self.config.patch_size, self.config.in_channels
-        if images.dim() != 4 or images.shape[1] != channels or images.shape[2] % size or images.shape[3] % size:
+        sizes = tuple(images.shape)
+        if len(sizes) != 4 or sizes[1] != channels or min(sizes) == 0 or sizes[2] % size or sizes[3] % size:
             raise ValueError(
-                f"images must be [B, {channels}, H, W] with H and W multiples of the patch size {size}, "
-                f"got {list(images.shape)}"
+                f"images must be [B, {channels}, H, W] with B > 0 and H and W multiples of the patch size {size}, "
+                f"got {list(sizes)}"
             )
         patches = self.patch_embed(images)
         grid = (patches.shape[2], patches.shape[3])

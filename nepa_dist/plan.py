@@ -77,7 +77,8 @@ def batch_problems(config: Config) -> list[str]:
     problem += f"; nearest global_batch_size: {near}"
     if micro and total % world == 0:
         share = total // world
-        fits = sorted((d for d in range(1, share + 1) if share % d == 0), key=lambda d: (abs(d - micro), d))[:2]
+        near_micro = range(max(1, micro - 4096), min(share, micro + 4096) + 1)
+        fits = sorted((d for d in near_micro if share % d == 0), key=lambda d: (abs(d - micro), d))[:2] or [1]
         problem += f"; or micro_batch_size: {' or '.join(map(str, sorted(fits)))}"
     return [problem]
 

@@ -112,7 +112,7 @@ class Reporter:
             info |= {"engine": self._config.engine.name, "world_size": str(self._world.world_size)}
             try:
                 exporter = PrometheusExporter(metrics.prometheus_address, metrics.prometheus_port, info)
-            except OSError as error:
+            except (OSError, UnicodeError) as error:
                 sinks[1].event(f"no metrics endpoint: {error}; training goes on without it")
             else:
                 self.prometheus_port = exporter.port

@@ -52,16 +52,27 @@ def describe_start(**facts: Any) -> dict[str, Any]:
 
 
 def append_start(run_dir: Path, start: dict[str, Any]) -> None:
-    """Add an entry to ``run.json``; earlier ones stay."""
-    path = run_dir / "run.json"
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
-    write_text(path, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
+    """Add an entry to ``run.json``; earlier ones stay. A damaged file is set aside."""
+    starts = _read_starts(run_dir)
+    if starts is None:
+        os.replace(run_dir / "run.json", run_dir / "run.json.damaged")
+    write_text(run_dir / "run.json", json.dumps({"starts": [*(starts or []), start]}, indent=2) + "\n")
 
 
 def count_starts(run_dir: Path) -> int:
     """How often the run has begun to train so far."""
+    return len(_read_starts(run_dir) or [])
+
+
+def _read_starts(run_dir: Path) -> list[dict[str, Any]] | None:
+    """Entries of run.json; None if the file is damaged, which must not stop a run."""
     path = run_dir / "run.json"
-    return len(json.loads(path.read_text(encoding="utf-8"))["starts"]) if path.exists() else 0
+    if not path.exists():
+        return []
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["starts"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def versions() -> dict[str, str]:

@@ -196,11 +196,16 @@ def _settle(run: Run, reporter: Reporter, report: StepReport | None, bad: dict[s
     applied = values["applied"] > 0
     if not applied:
         reporter.event(f"step {report.step} skipped: gradient norm {values['grad_norm']}, loss {values['loss']}")
-    count_skip(run.state, applied, run.config.guard.max_consecutive_skips)
     reporter.count(report)
-    every, last = run.config.metrics.every, report.step == run.plan.steps
-    if report.step % every == 0 or last or report.observed:
-        reporter.log(report, values)
+    every, ends = run.config.metrics.every, report.step == run.plan.steps
+    try:
+        count_skip(run.state, applied, run.config.guard.max_consecutive_skips)
+    except RunAborted:
+        ends = True
+        raise
+    finally:
+        if report.step % every == 0 or ends or report.observed:
+            reporter.log(report, values)
     return stopping
 
 
@@ -232,7 +237,8 @@ def resume(run: Run) -> list[str]:
     if meta["data_fingerprint"] != run.container.fingerprint:
         problems.append(f"data.source: {run.config.data.source} holds other images than those the run began with")
     if problems:
-        raise ConfigError([f"{path} was made with other settings; use another --name or the same settings", *problems])
+        advice = "use another --name, or the settings it was made with (a config.yaml edited by hand can be removed)"
+        raise ConfigError([f"{path} does not fit this run; {advice}", *problems])
     run.engine.load_named_state(reader)
     run.state = replace(TrainState.from_dict(meta["state"]), restarts=run.state.restarts)
     return [*notes, f"continuing from {path}, step {run.state.step}"]
@@ -313,9 +319,9 @@ def _announce(run: Run, reporter: Reporter, notes: list[str]) -> None:
         reporter.event(note)
     if not run.world.is_main:
         return
-    plan, expected, endpoint = run.plan, run.config.data.expected_num_samples, None
-    if expected not in (None, plan.num_samples):
-        reporter.event(f"{run.config.data.source} holds {plan.num_samples} images; data.expected_num_samples is {expected}")
+    plan, endpoint = run.plan, None
+    if run.container.num_ignored:
+        reporter.event(f"{run.container.num_ignored} files in {run.config.data.source} are no images by their name: ignored")
     if reporter.prometheus_port is not None:
         endpoint = f"http://{run.config.metrics.prometheus_address}:{reporter.prometheus_port}/metrics"
         reporter.event(f"metrics at {endpoint}")

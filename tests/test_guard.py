@@ -58,7 +58,8 @@ def test_a_signal_sets_the_flag_and_the_old_handler_comes_back():
 
 
 def test_the_lock_keeps_others_out_and_dies_with_its_holder(tmp_path):
-    script = f"from nepa_dist.guard import RunLock; from pathlib import Path\nRunLock(Path({str(tmp_path)!r})).__enter__()\n"
+    script = "from pathlib import Path; from nepa_dist.guard import RunLock\n"
+    script += f"lock = RunLock(Path({str(tmp_path)!r})); lock.__enter__()\n"
     script += "print('held', flush=True); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

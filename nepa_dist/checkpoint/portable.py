@@ -25,7 +25,7 @@ Entries = Iterable[tuple[str, Mapping[str, Tensor]]]
 """Parameter name -> fields, one parameter after the other."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ValueError):
     """A checkpoint cannot be saved, or is not what was saved; the message is fit to print alone."""
 
 

@@ -216,7 +216,8 @@ class CheckpointStore:
     def _prune(self, saved: int) -> None:
         """Delete what need not be kept. A failure costs space, not the run: it is logged and tried again at the next save."""
         steps = self.steps()
-        keep = {saved, *steps[-self.keep_last :]}
+        # A newer step than the one just saved is a damaged one that this run passed over: it protects nothing.
+        keep = {step for step in steps if step > saved} | set([step for step in steps if step <= saved][-self.keep_last :])
         if self.keep_every is not None:
             keep |= {step for step in steps if step % self.keep_every == 0}
         for step in steps:

@@ -47,7 +47,9 @@ class Container(Protocol):
     class_names: list[str]
     """Class c of the labels is class_names[c]; empty if there are no labels."""
     fingerprint: str
-    """SHA-256, hexadecimal, that changes with the content; it goes into checkpoints."""
+    """SHA-256, hexadecimal, of the names and sizes of the samples; it goes into checkpoints."""
+    num_ignored: int
+    """Files beside the samples that are no images by their name."""
 
     def __len__(self) -> int:
         """Number of samples N."""

@@ -77,6 +77,7 @@ class DigitScenes:
         if image_size < MIN_IMAGE_SIZE:
             raise DataError(f"the digit scenes need an image size of at least {MIN_IMAGE_SIZE} pixels, got {image_size}")
         self.split = split
+        self.num_ignored = 0
         self.image_size = image_size
         self.class_names = [str(digit) for digit in range(10)]
         self._ink, self._digits = _handwriting()
