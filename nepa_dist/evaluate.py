@@ -28,11 +28,12 @@ from nepa_dist.data.loader import EvalLoader
 from nepa_dist.metrics.collapse import collapse_metrics
 from nepa_dist.run_folder import write_text
 from nepa_dist.tasks.pretrain import PretrainTask, align, next_embedding_loss
-from nepa_dist.tasks.probe import Layer, ProbeRow, probe_layers
+from nepa_dist.tasks.probe import Layer, Pooling, ProbeRow, probe_layers
 from nepa_dist.visualize import plot_lines
 
 BATCH_SIZE = 128
 NUM_OBJECTIVE_IMAGES = 512
+POOLED = {"mean": "mean of the patch tokens", "last": "last token", "cls": "CLS"}
 
 
 class Loaded(NamedTuple):
@@ -83,7 +84,15 @@ def load_run(run_dir: Path, *, ema: bool = True) -> Loaded:
     return Loaded(task.eval(), config, manifest.step, "ema" if field == "ema" else "raw")
 
 
-def evaluate(loaded: Loaded, source: str | None, *, num_train: int, num_test: int, device: torch.device) -> Evaluation:
+def evaluate(
+    loaded: Loaded,
+    source: str | None,
+    *,
+    num_train: int,
+    num_test: int,
+    device: torch.device,
+    pooling: Pooling = "mean",
+) -> Evaluation:
     """Measure objective and probes of a loaded run.
 
     Args:
@@ -92,6 +101,7 @@ def evaluate(loaded: Loaded, source: str | None, *, num_train: int, num_test: in
         num_train: training images that the probes learn from, spread evenly over the split.
         num_test: validation images that they are judged on.
         device: where the backbone runs.
+        pooling: how the tokens of a layer become one feature.
 
     Raises:
         DataError: the data has no validation split.
@@ -107,7 +117,9 @@ def evaluate(loaded: Loaded, source: str | None, *, num_train: int, num_test: in
     causal = config.objective.causal
     fresh = PretrainTask(config.model, config.objective, seed=config.seed).to(device)
     k = min(20, len(train))
-    rows = [probe_layers(t.backbone, train, test, layers=layers, causal=causal, k=k) for t in (loaded.task, fresh)]
+    rows = [
+        probe_layers(t.backbone, train, test, layers=layers, pooling=pooling, causal=causal, k=k) for t in (loaded.task, fresh)
+    ]
     return Evaluation(loaded.step, loaded.weights, len(train), len(test), k, objective, *rows)
 
 
@@ -163,7 +175,8 @@ def format_evaluation(result: Evaluation) -> str:
         f"  mean cosine of targets             {objective['embedding_mean_cosine.target']:8.3f}   (1 is collapse)",
         f"  effective rank of targets          {objective['embedding_effective_rank.target']:8.1f}",
         "",
-        f"top-1 accuracy in %, mean of the patch tokens, {result.num_train} training and {result.num_test} test images",
+        f"top-1 accuracy in %, {POOLED[result.trained[0].pooling]}, "
+        f"{result.num_train} training and {result.num_test} test images",
         f"{'':>8}{f'k-NN (k = {result.k})':>24}{'linear':>24}",
         f"{'layer':>8}{'trained':>12}{'untrained':>12}{'trained':>12}{'untrained':>12}",
     ]
@@ -209,12 +222,15 @@ def main(argv: list[str] | None = None) -> int:
         "--num-train", type=_positive, default=5000, metavar="N", help="images that the probes learn from (5000)"
     )
     parser.add_argument("--num-test", type=_positive, default=2000, metavar="N", help="images that they are judged on (2000)")
+    parser.add_argument("--pooling", choices=["mean", "last"], default="mean", help="tokens to one feature: mean or last token")
     parser.add_argument("--raw", action="store_true", help="use the weights themselves, not their average")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         loaded = load_run(args.run, ema=not args.raw)
-        result = evaluate(loaded, args.data, num_train=args.num_train, num_test=args.num_test, device=device)
+        result = evaluate(
+            loaded, args.data, num_train=args.num_train, num_test=args.num_test, device=device, pooling=args.pooling
+        )
         paths = write_evaluation(args.run, result)
     except (CheckpointError, ValueError, OSError) as error:
         print(error, file=sys.stderr)

@@ -64,7 +64,7 @@ def test_table_json_and_picture(run_dir):
 
 def test_raw_weights_on_request(run_dir):
     losses = []
-    for options, kind in (([], "ema"), (["--raw"], "raw")):
+    for options, kind in (([], "ema"), (["--raw", "--pooling", "last"], "raw")):
         result = evaluate(run_dir, *options, "--num-train", "100", "--num-test", "50")
         assert f"step 60, {kind} weights" in result.stdout
         losses.append(json.loads((run_dir / "evaluation.json").read_text())["objective"]["loss"])

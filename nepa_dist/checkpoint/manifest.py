@@ -33,11 +33,6 @@ class Manifest:
     files: tuple[FileRecord, ...]
     format: int = FORMAT
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of all files but the manifest."""
-        return sum(file.bytes for file in self.files)
-
     def to_bytes(self) -> bytes:
         """The content of ``manifest.json``."""
         body = asdict(self) | {"files": [file._asdict() for file in self.files]}

@@ -194,17 +194,6 @@ def probe_layers(
     return rows
 
 
-def format_table(rows: Sequence[ProbeRow]) -> str:
-    """Lay out results as text; a linear probe that did not converge carries a star."""
-    lines = [f"{'layer':>6}  {'pooling':>7}  {'k-NN top-1 %':>12}  {'linear top-1 %':>14}"]
-    for row in rows:
-        star = "" if row.converged else "*"
-        lines.append(f"{row.layer!s:>6}  {row.pooling:>7}  {100 * row.knn:12.1f}  {100 * row.linear:14.1f}{star}")
-    if not all(row.converged for row in rows):
-        lines.append(f"* not converged in {LINEAR_MAX_ITER} iterations: a lower bound")
-    return "\n".join(lines)
-
-
 def _check_request(layers: Sequence[Layer], pooling: Pooling, causal: bool) -> None:
     if not layers:
         raise ValueError("there are no layers to probe; give 'embed', 'final' or indices of blocks")
