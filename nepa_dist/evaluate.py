@@ -169,11 +169,11 @@ def format_evaluation(result: Evaluation) -> str:
     objective = result.objective
     lines = [
         f"step {result.step}, {result.weights} weights, held-out images",
-        f"  loss                               {objective['loss']:8.4f}",
-        f"  skill over the best constant       {objective['prediction_skill_const']:8.3f}   (0 no better, 1 perfect)",
-        f"  skill over copying the last patch  {objective['prediction_skill_copy']:8.3f}",
-        f"  mean cosine of targets             {objective['embedding_mean_cosine.target']:8.3f}   (1 is collapse)",
-        f"  effective rank of targets          {objective['embedding_effective_rank.target']:8.1f}",
+        f"  loss                                  {objective['loss']:8.4f}",
+        f"  skill over the best constant          {objective['prediction_skill_const']:8.3f}   (0 no better, 1 perfect)",
+        f"  skill over copying the current patch  {objective['prediction_skill_copy']:8.3f}",
+        f"  mean cosine of targets                {objective['embedding_mean_cosine.target']:8.3f}   (1 is collapse)",
+        f"  effective rank of targets             {objective['embedding_effective_rank.target']:8.1f}",
         "",
         f"top-1 accuracy in %, {POOLED[result.trained[0].pooling]}, "
         f"{result.num_train} training and {result.num_test} test images",

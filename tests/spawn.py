@@ -9,8 +9,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import pickle
-import random
-import socket
 import sys
 import time
 import traceback
@@ -23,6 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from jobs.cluster import free_port
 
 
 class RankError(RuntimeError):
@@ -58,7 +58,7 @@ def run_ranks(
         TimeoutError: the time is over; names the ranks that gave no result.
     """
     context = get_context("spawn")
-    port = _free_port()
+    port = free_port()
     processes: list[SpawnProcess] = []
     pipes: list[Connection] = []
     try:
@@ -139,16 +139,3 @@ def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-
-
-def _free_port() -> int:
-    # Below the range that the kernel hands out by itself, so that no passing connection takes it before rank 0 does.
-    # SystemRandom: a test's seed must not make two runs side by side choose the same one.
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
