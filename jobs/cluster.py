@@ -163,16 +163,17 @@ def _receive_signals(received: deque[int]) -> dict[int, signal._HANDLER]:
 def _wait(ranks: Sequence[Rank], received: deque[int], grace_seconds: float) -> int:
     """Wait until all ranks have ended; when one fails or stops alone, end the others. Returns the exit code of the run."""
     failed: list[Rank] = []
-    stopped = False
+    stranded: set[int] = set()
     kill_at = float("inf")
     while True:
         codes = [rank.process.poll() for rank in ranks]
         running = [rank for rank, code in zip(ranks, codes, strict=True) if code is None]
-        if not stopped and not failed and EXIT_AGAIN in codes and running:
-            # It was asked to stop before it had joined the others, and they wait for it in vain.
-            stopped, kill_at = True, time.monotonic() + grace_seconds
-        if not failed and not stopped:
-            failed = [rank for rank, code in zip(ranks, codes, strict=True) if code not in (None, EXIT_DONE, EXIT_AGAIN)]
+        if EXIT_AGAIN in codes and running and kill_at == float("inf"):
+            # It may have been asked to stop before it had joined the others, and they wait for it in vain.
+            kill_at = time.monotonic() + grace_seconds
+        if not failed:
+            ended = [rank for rank, code in zip(ranks, codes, strict=True) if code not in (None, EXIT_DONE, EXIT_AGAIN)]
+            failed = [rank for rank in ended if rank.number not in stranded]
             if failed:
                 # One that a signal ended did not fail because another went away; an error may have that reason.
                 # A mistake of the user's on one rank makes the others lose it.
@@ -185,6 +186,7 @@ def _wait(ranks: Sequence[Rank], received: deque[int], grace_seconds: float) -> 
         while received:
             _send(running, received.popleft())
         if time.monotonic() > kill_at:
+            stranded |= set() if failed else {rank.number for rank in running}
             _send(running, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
     if failed:

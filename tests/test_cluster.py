@@ -335,3 +335,8 @@ def main(config):
     done = run_rank(tmp_path / "run", training)
     assert done.returncode == 75
     assert "SIGTERM" in done.stderr
+
+
+def test_a_rank_that_stopped_alone_ends_the_others_and_asks_to_be_run_again(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path, 2, "rank or os._exit(75)\ntime.sleep(60)", grace=0.2)
+    assert launcher.finish()[0] == 75
