@@ -340,7 +340,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cluster", metavar="NAME", help=f"{known('cluster')}; default: local, or slurm with --nodes above 1")
     parser.add_argument("--nodes", type=int, metavar="N", help="machines")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="processes per machine, one per GPU")
-    parser.add_argument("--engine", metavar="NAME", help="how the model is placed on devices: ddp")
+    parser.add_argument("--engine", metavar="NAME", help="how the model is placed on devices: ddp, fsdp2, hsdp")
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--name", help="name of the run; default: <task>-<recipe>[-<data>]. Its folder is runs/NAME")
     place.add_argument("--run-dir", metavar="DIR", help="the run folder itself, in place of runs/NAME")

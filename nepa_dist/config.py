@@ -235,8 +235,13 @@ class OptimConfig(Section):
 class EngineConfig(Section):
     """How the model is placed on devices."""
 
-    name: Literal["ddp"] = "ddp"
-    """ddp: every rank holds everything; with one process, plain torch."""
+    name: Literal["ddp", "fsdp2", "hsdp"] = "ddp"
+    """ddp: every rank holds everything; fsdp2: weights, gradients and state sharded over all ranks; hsdp: sharded within groups
+    of ``shard_size`` ranks, replicated between them."""
+    shard_size: int | None = Field(None, gt=0)
+    """Ranks that share one copy of the state with hsdp; default: those of a node."""
+    reshard_after_forward: bool = True
+    """fsdp2, hsdp: free gathered weights between forward and backward; off saves a gather and costs the memory."""
     precision: Literal["fp32", "bf16_autocast"] = "bf16_autocast"
     """bf16_autocast (paper): fp32 weights, matrix products in bf16. fp16 is not offered: its range needs loss scaling."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -337,6 +342,13 @@ class Config(Section):
         """Folder of the run."""
         return Path(self.run_root) / self.name
 
+    @property
+    def state_shards(self) -> int:
+        """Ranks that share one copy of weights, gradients and optimizer state."""
+        if self.engine.name == "hsdp":
+            return self.engine.shard_size or self.cluster.gpus_per_node
+        return self.cluster.world_size if self.engine.name == "fsdp2" else 1
+
     def identity(self) -> dict[str, Any]:
         """The settings that shape the numbers of a run, by dotted key: not its name, its place, or how often it reports."""
         return _identity(self.model_dump(mode="json"))
@@ -351,14 +363,9 @@ class Config(Section):
 
 
 _NOT_IDENTITY = {"name", "run_root", "cluster", "checkpoint", "metrics", "guard", "micro_batch_size"}
-_NOT_IDENTITY |= {
-    "data.source",
-    "data.expected_num_samples",
-    "data.num_workers",
-    "data.prefetch_batches",
-    "data.max_bad_samples",
-}
-_NOT_IDENTITY |= {"engine.timeout_seconds", "engine.device", "engine.deterministic"}
+_NOT_IDENTITY |= {f"data.{key}" for key in DataConfig.model_fields if key not in ("augment", "mean", "std")}
+# Every engine gives the same numbers; a run may move between them.
+_NOT_IDENTITY |= {f"engine.{key}" for key in EngineConfig.model_fields if key != "precision"}
 
 
 def _identity(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -29,9 +29,9 @@ def learning_rate(step: int, plan: Plan, optim: OptimConfig) -> float:
     return optim.min_lr + (plan.peak_lr - optim.min_lr) * cosine
 
 
-def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def param_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: tensors with two or more dimensions decay; biases, norms and LayerScale do not (paper, appendix)."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    parameters = [p for p in parameters if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

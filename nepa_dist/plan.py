@@ -92,6 +92,8 @@ def cross_field_problems(config: Config) -> list[str]:
         which = "all" if masked else "none"
         problems.append(f"objective.mask_ratio {objective.mask_ratio} masks {which} of the {patches} patches")
     problems += _warmup_problems(config, config.steps)
+    if config.cluster.world_size % config.state_shards:
+        problems.append(f"engine.shard_size {config.state_shards} does not divide the world size {config.cluster.world_size}")
     peak = _peak_lr(config)
     if optim.min_lr > peak:
         problems.append(f"optim.min_lr {optim.min_lr:g} is more than the peak learning rate {peak:g} (base_lr x batch / 256)")

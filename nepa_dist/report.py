@@ -17,7 +17,7 @@ ASSUMED_PEAK_FLOPS = 989e12
 """Dense bf16 operations per second of an H100 or H200 (NVIDIA's data sheet)."""
 ASSUMED_UTILISATION = 0.4
 STATES = (("weights", 1), ("gradients", 1), ("Adam moments", 2), ("EMA", 1))
-"""What a rank holds per parameter with ddp, in fp32 numbers."""
+"""What is held per parameter, in fp32 numbers; sharded engines divide it over ``Config.state_shards`` ranks."""
 
 
 def build_report(config: Config, num_samples: int | None, note: str = "") -> str:
@@ -101,7 +101,8 @@ def _unknown_warmup(config: Config) -> str:
 
 def _memory_rows(config: Config, plan: Plan) -> list[tuple[str, str]]:
     parameters = presets.num_parameters(config.model)
-    states = [(name, 4 * parameters * count) for name, count in STATES if name != "EMA" or config.optim.ema_decay is not None]
+    kept = [(name, count) for name, count in STATES if name != "EMA" or config.optim.ema_decay is not None]
+    states = [(name, 4 * parameters * count // config.state_shards) for name, count in kept]
     activations = plan.micro_batch_size * activation_bytes(config, plan.num_tokens)
     total = sum(size for _, size in states) + activations
     how = f"{plan.micro_batch_size} images, {config.engine.precision}, not compiled"

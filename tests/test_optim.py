@@ -39,7 +39,7 @@ def test_learning_rate_ends_at_min_lr_and_needs_no_warmup():
 
 def test_biases_norms_and_layer_scale_do_not_decay():
     task = PretrainTask(Config(model=SIZES).model)
-    decay, plain = param_groups(task, 0.05)
+    decay, plain = param_groups(task.parameters(), 0.05)
     names = {id(p): name for name, p in task.named_parameters()}
     assert decay["weight_decay"] == 0.05
     assert plain["weight_decay"] == 0
@@ -62,7 +62,7 @@ def train(optimizer, module, steps, seed=0, found_inf=None):
 def make(ema_decay=0.9):
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
-    optimizer = AdamWEMA(param_groups(module, 0.05), OptimConfig(ema_decay=ema_decay))
+    optimizer = AdamWEMA(param_groups(module.parameters(), 0.05), OptimConfig(ema_decay=ema_decay))
     for group in optimizer.param_groups:
         group["lr"] = 1e-2
     return module, optimizer
@@ -72,7 +72,7 @@ def test_weights_are_those_of_torch_adamw():
     module, optimizer = make()
     torch.manual_seed(0)
     plain = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
-    reference = torch.optim.AdamW(param_groups(plain, 0.05), lr=1e-2, betas=(0.9, 0.95), foreach=False)
+    reference = torch.optim.AdamW(param_groups(plain.parameters(), 0.05), lr=1e-2, betas=(0.9, 0.95), foreach=False)
     ours_by_step, theirs_by_step = train(optimizer, module, 5, found_inf=torch.zeros(())), train(reference, plain, 5)
     for ours, theirs in zip(ours_by_step, theirs_by_step, strict=True):
         for a, b in zip(ours, theirs, strict=True):

@@ -155,6 +155,23 @@ def test_two_ranks_give_the_numbers_of_one(images, unbroken, tmp_path):
         assert norm == pytest.approx(other_norm, rel=1e-4)
 
 
+def test_a_run_continues_on_other_engines_and_ranks(images, unbroken, tmp_path):
+    places = [("ddp", "1", 6), ("fsdp2", "2", 14), ("fsdp2", "1", None)]
+    for engine, ranks, stop_at in places:
+        options = ["--engine", engine, "--gpus-per-node", ranks]
+        process = start(tmp_path / "run", images, options=options)
+        if stop_at is not None:
+            wait_for_step(tmp_path / "run", stop_at, process)
+            process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=90)[0]
+        assert process.returncode == (0 if stop_at is None else 75), output
+    assert "continuing from" in output
+    for (step, loss, norm), (other_step, other_loss, other_norm) in zip(curve(unbroken), curve(tmp_path / "run"), strict=True):
+        assert step == other_step
+        assert loss == pytest.approx(other_loss, abs=2e-6)
+        assert norm == pytest.approx(other_norm, rel=1e-4)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_signal_saves_and_asks_to_be_run_again(images, unbroken, tmp_path, number):
     ranks = "2" if number == signal.SIGUSR2 else "1"

@@ -130,5 +130,7 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
 def build_engine(task: torch.nn.Module, config: Config, plan: Plan, device: torch.device) -> Engine:
     """Place a task on ``device`` with the engine that the configuration names."""
     from nepa_dist.engines.ddp import DDPEngine
+    from nepa_dist.engines.fsdp import FSDPEngine
 
-    return {"ddp": DDPEngine}[config.engine.name](task, config, plan, device)
+    engine = DDPEngine if config.engine.name == "ddp" else FSDPEngine
+    return engine(task, config, plan, device)

@@ -34,7 +34,7 @@ class DDPEngine:
         self._accum = plan.grad_accum_steps
         self._clip = config.optim.clip_grad_norm
         self._autocast = config.engine.precision == "bf16_autocast"
-        self._optimizer = AdamWEMA(param_groups(task, config.optim.weight_decay), config.optim)
+        self._optimizer = AdamWEMA(param_groups(task.parameters(), config.optim.weight_decay), config.optim)
         self._root: nn.Module = self._task
         if dist.is_initialized() and dist.get_world_size() > 1:
             devices = [device] if device.type == "cuda" else None

@@ -63,10 +63,12 @@ def join_world(config: EngineConfig, world_size: int) -> World:
     if device.type == "cuda":
         torch.use_deterministic_algorithms(config.deterministic)
         torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
-    if size > 1:
+    if size > 1 or config.name != "ddp":
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
+            # One rank has nobody to meet.
+            store=None if size > 1 else dist.HashStore(),  # type: ignore[attr-defined]
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=config.timeout_seconds),

@@ -1,0 +1,173 @@
+"""Parameters, gradients and optimizer state sharded over the ranks (FSDP2); with replicas of the shards, HSDP.
+
+Each block is one unit, the rest of the task is the root. The optimizer works on the local shards as plain tensors: they share
+their storage with the DTensors that FSDP gathers, so AdamW, the moving average and the skipping of a step are those of every
+other engine, and nothing of the optimizer is ever gathered but to be saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from nepa_dist.config import Config
+from nepa_dist.engines.base import NamedStateSource, ParameterState, StepResult, check_state, copy_state
+from nepa_dist.optim import AdamWEMA, param_groups
+from nepa_dist.plan import Plan
+
+
+class FSDPEngine:
+    """See :class:`nepa_dist.engines.base.Engine`.
+
+    Args:
+        task: the module to train; its parameters become shards on ``device``.
+        config: precision, clipping, optimizer; ``engine.name`` fsdp2 or hsdp.
+        plan: micro-batches per update.
+        device: of this rank.
+    """
+
+    def __init__(self, task: nn.Module, config: Config, plan: Plan, device: torch.device) -> None:
+        self._task = task.to(device)
+        self._device = device
+        self._accum = plan.grad_accum_steps
+        self._clip = config.optim.clip_grad_norm
+        self._autocast = config.engine.precision == "bf16_autocast"
+        mesh = _mesh(config, device)
+        self._shard_group = mesh["shard"].get_group()
+        _shard(task, mesh, config)
+        self._parameters = {name: cast(DTensor, p) for name, p in task.named_parameters()}
+        self._shards = {name: nn.Parameter(p.to_local().detach()) for name, p in self._parameters.items()}
+        self._optimizer = AdamWEMA(param_groups(self._shards.values(), config.optim.weight_decay), config.optim)
+        self._micro = 0
+
+    def _refresh(self) -> None:
+        """Point the optimizer's tensors at the storage of the shards: FSDP moves uneven ones at its first forward."""
+        for name, parameter in self._parameters.items():
+            self._shards[name].data = parameter.to_local().detach()
+
+    def model(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward one micro-batch."""
+        self._micro += 1
+        # Gradients stay whole on each rank until the last micro-batch, whose backward reduces and scatters their sum.
+        cast(FSDPModule, self._task).set_requires_gradient_sync(self._micro == self._accum)
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast):
+            loss, logs = self._task(batch)
+        return loss, logs
+
+    @property
+    def param_groups(self) -> Sequence[dict[str, Any]]:
+        """Groups whose ``lr`` the loop sets."""
+        return self._optimizer.param_groups
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate ``loss / grad_accum_steps``."""
+        if last != (self._micro == self._accum):
+            raise RuntimeError(f"micro-batch {self._micro} of {self._accum} was announced with last={last}")
+        (loss / self._accum).backward()
+
+    @torch.no_grad()
+    def step(self) -> StepResult:
+        """Clip, update unless the norm is not finite, clear."""
+        self._refresh()
+        for name, parameter in self._parameters.items():
+            gradient = parameter.grad
+            self._shards[name].grad = None if gradient is None else cast(DTensor, gradient).to_local()
+        shards = list(self._shards.values())
+        squares = torch.nn.utils.get_total_norm([p.grad for p in shards if p.grad is not None]).float().square()
+        dist.all_reduce(squares, group=self._shard_group)
+        norm = squares.sqrt()
+        applied = norm.isfinite().float()
+        if self._clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(shards, self._clip, norm)
+        self._optimizer.found_inf = 1 - applied
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._task.zero_grad(set_to_none=True)
+        self._micro = 0
+        return StepResult(norm, applied)
+
+    def _state(self, name: str) -> dict[str, Tensor]:
+        """Local shards of one parameter's state; ``step`` is whole."""
+        shard = self._shards[name]
+        return {"weight": shard.detach(), **self._optimizer.state[shard]}
+
+    def named_state(self) -> Iterator[tuple[str, ParameterState]]:
+        """Full state of every parameter, gathered one at a time."""
+        self._refresh()
+        for name, parameter in self._parameters.items():
+            yield name, {field: self._gather(parameter, value) for field, value in self._state(name).items()}
+
+    @staticmethod
+    def _gather(parameter: DTensor, value: Tensor) -> Tensor:
+        if value.dim() == 0:
+            return value
+        mesh, placements = parameter.device_mesh, parameter.placements
+        shard = DTensor.from_local(value, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+        return shard.full_tensor()
+
+    def load_named_state(self, source: NamedStateSource) -> None:
+        """Set every parameter's state; each rank keeps its shard of what it reads."""
+        check_state({name: list(p.shape) for name, p in self._parameters.items()}, source)
+        self._refresh()
+        for name, parameter in self._parameters.items():
+            copy_state(name, self._state(name), {f: self._cut(parameter, v) for f, v in source.read(name).items()})
+
+    def _cut(self, parameter: DTensor, value: Tensor) -> Tensor:
+        if value.dim() == 0:
+            return value
+        if value.shape != parameter.shape:
+            return value  # copy_state names the difference
+        whole = value.to(self._device)
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+
+    @contextmanager
+    def weights(self, *, ema: bool) -> Iterator[None]:
+        """Swap the averages in for the duration of the context, shard by shard."""
+        if not ema:
+            yield
+            return
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        self._refresh()
+        for shard in self._shards.values():
+            state = self._optimizer.state[shard]
+            held = shard.detach().clone()
+            shard.copy_(state["ema"])
+            state["ema"].copy_(held)
+        # What a forward has gathered is stale now.
+        for module in self._task.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def close(self) -> None:
+        """Drop the model and the optimizer."""
+        del self._optimizer, self._task, self._parameters, self._shards
+
+
+def _mesh(config: Config, device: torch.device) -> DeviceMesh:
+    world, size = config.cluster.world_size, config.state_shards
+    if config.engine.name == "hsdp":
+        return init_device_mesh(device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+
+
+def _shard(task: nn.Module, mesh: DeviceMesh, config: Config) -> None:
+    reshard = config.engine.reshard_after_forward
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for block in task.get_submodule("backbone.blocks").children():
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+    fully_shard(task, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)

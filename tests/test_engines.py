@@ -1,0 +1,144 @@
+"""Sharded engines on real gloo ranks against one plain process: the same numbers, skipped steps, state that moves."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nepa_dist.config import Config
+from nepa_dist.engines.base import StateMismatchError, build_engine
+from nepa_dist.plan import make_plan
+from nepa_dist.tasks.pretrain import PretrainTask
+from spawn import run_ranks
+
+# An odd width of the MLP: shards are uneven, and CLS has one row for all ranks.
+MODEL = {"image_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "mlp_hidden_dim": 37}
+STEPS, BATCH = 5, 16
+ENGINES = [("fsdp2", 2, {}), ("hsdp", 4, {"shard_size": 2}), ("fsdp2", 2, {"reshard_after_forward": False})]
+
+
+class Saved(dict):
+    """A checkpoint in memory."""
+
+    def names(self):
+        return list(self)
+
+    def read(self, name):
+        return self[name]
+
+
+def make(name, ranks, **engine):
+    optim = {"ema_decay": 0.5, "clip_grad_norm": 0.05}  # a clip that bites
+    config = Config.model_validate(
+        {
+            "model": MODEL,
+            "steps": STEPS,
+            "global_batch_size": BATCH,
+            "micro_batch_size": BATCH // ranks // 2,  # accumulation 2
+            "optim": optim,
+            "engine": {"precision": "fp32", "name": name, **engine},
+            "cluster": {"gpus_per_node": ranks},
+        }
+    )
+    plan = make_plan(config, 100)
+    task = PretrainTask(config.model, config.objective, seed=3)
+    return task, build_engine(task, config, plan, torch.device("cpu")), plan
+
+
+def update(task, engine, plan, step, rank, ranks, poison=False):
+    task.train()
+    task.begin_step(step, observe=False)
+    for group in engine.param_groups:
+        group["lr"] = 1e-3
+    images = torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(step)).chunk(ranks)[rank]
+    losses = []
+    for micro, part in enumerate(images.chunk(plan.grad_accum_steps)):
+        loss, _ = engine.model({"images": part * math.nan if poison else part})
+        engine.backward(loss, last=micro == plan.grad_accum_steps - 1)
+        losses.append(loss.item())
+    result = engine.step()
+    return sum(losses) / len(losses), result.grad_norm.item(), result.applied.item()
+
+
+def snapshot(engine):
+    return Saved({name: {field: t.clone() for field, t in state.items()} for name, state in engine.named_state()})
+
+
+def train(name, engine_options, steps=STEPS, start=None, poison_rank=None, first=0):
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if ranks > 1 else 0
+    task, engine, plan = make(name, ranks, **engine_options)
+    if start is not None:
+        engine.load_named_state(start)
+    rows, states = [], []
+    for step in range(first, first + steps):
+        rows.append(update(task, engine, plan, step, rank, ranks, poison=step == 2 and rank == poison_rank))
+        states.append(snapshot(engine))
+    with engine.weights(ema=True):
+        averaged = {name: state["weight"].clone() for name, state in engine.named_state()}
+    after = snapshot(engine)
+    engine.close()
+    return rows, states, averaged, after
+
+
+def assert_equal(one, other, **tolerance):
+    assert one.keys() == other.keys()
+    for name, state in one.items():
+        assert state.keys() == other[name].keys() == {"weight", "exp_avg", "exp_avg_sq", "step", "ema"}
+        for field, tensor in state.items():
+            torch.testing.assert_close(tensor, other[name][field], **tolerance, msg=lambda m, n=name, f=field: f"{n} {f}: {m}")
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return train("ddp", {})
+
+
+@pytest.mark.parametrize(("name", "ranks", "options"), ENGINES)
+def test_sharded_equals_plain(plain, name, ranks, options):
+    rows, states, averaged, _ = plain
+    results = run_ranks(train, ranks, name, options)
+    losses = [sum(step) / ranks for step in zip(*([row[0] for row in result[0]] for result in results), strict=True)]
+    assert losses == pytest.approx([row[0] for row in rows], abs=1e-6)
+    for rank_rows, rank_states, rank_averaged, after in results:
+        assert [row[1] for row in rank_rows] == pytest.approx([row[1] for row in rows], rel=1e-5)
+        assert_equal(rank_states[-1], states[-1], atol=3e-6, rtol=1e-3)
+        for key, tensor in averaged.items():
+            torch.testing.assert_close(rank_averaged[key], tensor, atol=3e-6, rtol=1e-3)
+            assert torch.equal(rank_averaged[key], rank_states[-1][key]["ema"])
+        assert_equal(after, rank_states[-1], atol=0, rtol=0)  # swapped back
+
+
+@pytest.mark.parametrize(("name", "ranks", "options"), ENGINES[:2])
+def test_nan_on_one_rank_skips_the_step_on_all_to_the_bit(name, ranks, options):
+    for rows, states, _, _ in run_ranks(train, ranks, name, options, STEPS, None, 1):
+        assert [row[2] for row in rows] == [1, 1, 0, 1, 1]
+        assert_equal(states[2], states[1], atol=0, rtol=0)
+
+
+def test_state_moves_between_engines_and_ranks(plain):
+    rows, states, _, _ = plain
+    # Plain -> 2 shards -> 2 replicas of 2 shards -> plain, one step each.
+    half = run_ranks(train, 2, "fsdp2", {}, 1, states[1], None, 2)
+    assert half[0][0][0][1] == pytest.approx(rows[2][1], rel=1e-5)
+    quarter = run_ranks(train, 4, "hsdp", {"shard_size": 2}, 1, half[0][1][0], None, 3)
+    assert quarter[0][0][0][1] == pytest.approx(rows[3][1], rel=1e-5)
+    last = train("ddp", {}, 1, quarter[0][1][0], None, 4)
+    assert last[0][0][0] == pytest.approx(rows[4][0], abs=1e-6)
+    assert_equal(last[1][0], states[4], atol=3e-6, rtol=1e-3)
+
+
+def _load_wrong(saved):
+    _, engine, _ = make("fsdp2", dist.get_world_size())
+    before = snapshot(engine)
+    with pytest.raises(StateMismatchError, match=r"missing in the checkpoint: backbone\.cls_token"):
+        engine.load_named_state(saved)
+    assert_equal(snapshot(engine), before, atol=0, rtol=0)
+    return True
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing(plain):
+    saved = Saved(plain[1][0])
+    saved["head.extra"] = saved.pop("backbone.cls_token")
+    assert run_ranks(_load_wrong, 2, saved) == [True, True]
