@@ -7,9 +7,9 @@ other engine, and nothing of the optimizer is ever gathered but to be saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -19,13 +19,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nepa_dist.config import Config
-from nepa_dist.engines.base import NamedStateSource, ParameterState, StepResult, check_state, copy_state
+from nepa_dist.engines.base import NamedStateSource, ParameterState, StepResult, check_state, copy_state, gradient_norm
+from nepa_dist.engines.native import NativeEngine, swap
 from nepa_dist.optim import AdamWEMA, param_groups
 from nepa_dist.plan import Plan
 
 
-class FSDPEngine:
-    """See :class:`nepa_dist.engines.base.Engine`.
+class FSDPEngine(NativeEngine):
+    """See :class:`NativeEngine`.
 
     Args:
         task: the module to train; its parameters become shards on ``device``.
@@ -35,43 +36,23 @@ class FSDPEngine:
     """
 
     def __init__(self, task: nn.Module, config: Config, plan: Plan, device: torch.device) -> None:
-        self._task = task.to(device)
-        self._device = device
-        self._accum = plan.grad_accum_steps
-        self._clip = config.optim.clip_grad_norm
-        self._autocast = config.engine.precision == "bf16_autocast"
+        super().__init__(task, config, plan, device)
         mesh = _mesh(config, device)
         self._shard_group = mesh["shard"].get_group()
-        _shard(task, mesh, config)
+        _shard(self._task, mesh, config)
+        self._root = self._task
         self._parameters = {name: cast(DTensor, p) for name, p in task.named_parameters()}
         self._shards = {name: nn.Parameter(p.to_local().detach()) for name, p in self._parameters.items()}
         self._optimizer = AdamWEMA(param_groups(self._shards.values(), config.optim.weight_decay), config.optim)
-        self._micro = 0
 
     def _refresh(self) -> None:
         """Point the optimizer's tensors at the storage of the shards: FSDP moves uneven ones at its first forward."""
         for name, parameter in self._parameters.items():
             self._shards[name].data = parameter.to_local().detach()
 
-    def model(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward one micro-batch."""
-        self._micro += 1
+    def _average_gradients(self, enabled: bool) -> None:
         # Gradients stay whole on each rank until the last micro-batch, whose backward reduces and scatters their sum.
-        cast(FSDPModule, self._task).set_requires_gradient_sync(self._micro == self._accum)
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast):
-            loss, logs = self._task(batch)
-        return loss, logs
-
-    @property
-    def param_groups(self) -> Sequence[dict[str, Any]]:
-        """Groups whose ``lr`` the loop sets."""
-        return self._optimizer.param_groups
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate ``loss / grad_accum_steps``."""
-        if last != (self._micro == self._accum):
-            raise RuntimeError(f"micro-batch {self._micro} of {self._accum} was announced with last={last}")
-        (loss / self._accum).backward()
+        cast(FSDPModule, self._task).set_requires_gradient_sync(enabled)
 
     @torch.no_grad()
     def step(self) -> StepResult:
@@ -81,18 +62,10 @@ class FSDPEngine:
             gradient = parameter.grad
             self._shards[name].grad = None if gradient is None else cast(DTensor, gradient).to_local()
         shards = list(self._shards.values())
-        squares = torch.nn.utils.get_total_norm([p.grad for p in shards if p.grad is not None]).float().square()
+        squares = gradient_norm(shards).square()
         dist.all_reduce(squares, group=self._shard_group)
-        norm = squares.sqrt()
-        applied = norm.isfinite().float()
-        if self._clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(shards, self._clip, norm)
-        self._optimizer.found_inf = 1 - applied
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self._task.zero_grad(set_to_none=True)
-        self._micro = 0
-        return StepResult(norm, applied)
+        self._task.zero_grad(set_to_none=True)  # the shards hold what the update needs
+        return self._update(shards, squares.sqrt())
 
     def _state(self, name: str) -> dict[str, Tensor]:
         """Local shards of one parameter's state; ``step`` is whole."""
@@ -144,10 +117,7 @@ class FSDPEngine:
     def _swap(self) -> None:
         self._refresh()
         for shard in self._shards.values():
-            state = self._optimizer.state[shard]
-            held = shard.detach().clone()
-            shard.copy_(state["ema"])
-            state["ema"].copy_(held)
+            swap(shard, self._optimizer.state[shard]["ema"])
         # What a forward has gathered is stale now.
         for module in self._task.modules():
             if isinstance(module, FSDPModule):

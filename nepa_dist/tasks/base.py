@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from nepa_dist.metrics.collapse import AllReduce
 from nepa_dist.model import VisionTransformer
 
 
-class Task(nn.Module):
+class Task(nn.Module, ABC):
     """A backbone, a head, and the loss that trains them.
 
     Parameters are named ``backbone.*`` and ``head.*`` in every checkpoint. The loss is computed inside ``forward``, so that
@@ -21,6 +22,7 @@ class Task(nn.Module):
     backbone: VisionTransformer
     head: nn.Module
 
+    @abstractmethod
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of one micro-batch.
 
@@ -30,7 +32,6 @@ class Task(nn.Module):
         Returns:
             The mean loss (0-d, fp32) and further 0-d values to log, by metric name.
         """
-        raise NotImplementedError
 
     def begin_step(self, step: int, *, observe: bool) -> None:
         """Prepare for one optimizer update.

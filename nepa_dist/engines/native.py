@@ -1,0 +1,79 @@
+"""What the engines share that step with this project's own optimizer: micro-batches, clipping, skipping."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nepa_dist.config import Config
+from nepa_dist.engines.base import StepResult
+from nepa_dist.optim import AdamWEMA
+from nepa_dist.plan import Plan
+
+
+class NativeEngine(ABC):
+    """See :class:`nepa_dist.engines.base.Engine`. A subclass sets ``_root`` and ``_optimizer``.
+
+    Args:
+        task: the module to train; moved to ``device``.
+        config: precision, clipping and optimizer.
+        plan: micro-batches per update.
+        device: of this rank.
+    """
+
+    _root: nn.Module
+    """The module that is called: the task, or what wraps it."""
+    _optimizer: AdamWEMA
+
+    def __init__(self, task: nn.Module, config: Config, plan: Plan, device: torch.device) -> None:
+        self._task = task.to(device)
+        self._device = device
+        self._accum = plan.grad_accum_steps
+        self._clip = config.optim.clip_grad_norm
+        self._autocast = config.engine.precision == "bf16_autocast"
+        self._micro = 0
+
+    @abstractmethod
+    def _average_gradients(self, enabled: bool) -> None:
+        """Say before a forward whether its backward averages over the ranks."""
+
+    def model(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward one micro-batch."""
+        self._micro += 1
+        self._average_gradients(self._micro == self._accum)
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast):
+            loss, logs = self._root(batch)
+        return loss, logs
+
+    @property
+    def param_groups(self) -> Sequence[dict[str, Any]]:
+        """Groups whose ``lr`` the loop sets."""
+        return self._optimizer.param_groups
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate ``loss / grad_accum_steps``."""
+        if last != (self._micro == self._accum):
+            raise RuntimeError(f"micro-batch {self._micro} of {self._accum} was announced with last={last}")
+        (loss / self._accum).backward()
+
+    def _update(self, parameters: Sequence[Tensor], norm: Tensor) -> StepResult:
+        """Clip the gradients of ``parameters`` by their global norm and update, unless the norm is not finite."""
+        applied = norm.isfinite().float()
+        if self._clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(list(parameters), self._clip, norm)
+        self._optimizer.found_inf = 1 - applied
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._micro = 0
+        return StepResult(norm, applied)
+
+
+def swap(weight: Tensor, average: Tensor) -> None:
+    """Exchange the contents of a weight and its average."""
+    held = weight.detach().clone()
+    weight.copy_(average)
+    average.copy_(held)
