@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from nepa_dist.config import Config
+from nepa_dist.config import Config, ConfigError, EngineConfig
 from nepa_dist.engines.base import StateMismatchError, build_engine
-from nepa_dist.engines.mesh import World
+from nepa_dist.engines.mesh import World, join_world
 from nepa_dist.plan import make_plan
 from nepa_dist.tasks.pretrain import PretrainTask
 from spawn import run_ranks
@@ -158,3 +158,15 @@ def test_world_without_peers_reduces_and_gathers_alone():
     world = World(0, 0, 1, 1, CPU)
     assert world.gather({"a": 1}) == [{"a": 1}]
     assert world.all_reduce(torch.ones(2)).tolist() == [1, 1]
+
+
+def test_a_world_that_is_not_the_configured_one_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 3, but cluster\.nodes x cluster\.gpus_per_node is 2"):
+        join_world(EngineConfig(device="cpu"), 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match=r"engine\.device is cuda, but local rank 0 has no GPU: this machine has 0"):
+        join_world(EngineConfig(device="cuda"), 1)
