@@ -180,3 +180,25 @@ def test_digests_can_be_left_out_where_they_were_checked(tmp_path: Path) -> None
     store.open(path, check_digests=False)
     with pytest.raises(CheckpointError, match="SHA-256"):
         store.open(path)
+
+
+def test_the_command_line_shows_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from nepa_dist.checkpoint.__main__ import main
+
+    store = CheckpointStore(tmp_path / "checkpoints")
+    assert main(["verify", str(tmp_path)]) == 2
+    for step in (1, 2):
+        store.save(step, [("a", {"weight": torch.full((300,), float(step))})], {"world_size": 2})
+    assert main(["verify", str(tmp_path)]) == 0
+    shard = next(store.path(2).glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    assert main(["inspect", str(tmp_path)]) == 0  # headers and sizes are right
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path)]) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("step-00000001  verified")
+    assert "on 2 ranks" in first
+    assert second.startswith("step-00000002  DAMAGED")
+    assert shard.name in second

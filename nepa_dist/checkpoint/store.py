@@ -130,7 +130,7 @@ class CheckpointStore:
         """
         passed_over: list[tuple[Path, str]] = []
         for step in reversed(self.steps()):
-            path = self.root / _step_name(step)
+            path = self.path(step)
             try:
                 return Found(path, self.verify(path), passed_over)
             except CheckpointError as error:
@@ -145,6 +145,10 @@ class CheckpointStore:
         """
         steps = (_step_of(name) for name in self._list())
         return sorted(step for step in steps if step is not None)
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint of a step, whether it is there or not."""
+        return self.root / _step_name(step)
 
     @staticmethod
     def open(path: Path, *, check_digests: bool = True) -> tuple[Manifest, StateReader]:
