@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -55,24 +53,7 @@ class DDPEngine(NativeEngine):
         for name, parameter in parameters.items():
             copy_state(name, self._state(parameter), source.read(name))
 
-    @contextmanager
-    def weights(self, *, ema: bool) -> Iterator[None]:
-        """Swap the averages in for the duration of the context."""
-        if not ema:
-            yield
-            return
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
     @torch.no_grad()
     def _swap(self) -> None:
         for parameter in self._task.parameters():
             swap(parameter, self._optimizer.state[parameter]["ema"])
-
-    def close(self) -> None:
-        """Drop the model before the process group ends: a living DDP module can abort a finished process at exit."""
-        del self._root, self._optimizer, self._task
-        gc.collect()

@@ -8,7 +8,6 @@ other engine, and nothing of the optimizer is ever gathered but to be saved.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -101,18 +100,6 @@ class FSDPEngine(NativeEngine):
         whole = value.to(self._device)
         return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
 
-    @contextmanager
-    def weights(self, *, ema: bool) -> Iterator[None]:
-        """Swap the averages in for the duration of the context, shard by shard."""
-        if not ema:
-            yield
-            return
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
     @torch.no_grad()
     def _swap(self) -> None:
         self._refresh()
@@ -124,8 +111,9 @@ class FSDPEngine(NativeEngine):
                 module.reshard()
 
     def close(self) -> None:
-        """Drop the model and the optimizer."""
-        del self._optimizer, self._task, self._parameters, self._shards
+        """Drop the shards and the model."""
+        del self._parameters, self._shards
+        super().close()
 
 
 def _mesh(config: Config, device: torch.device) -> DeviceMesh:

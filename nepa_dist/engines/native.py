@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +61,27 @@ class NativeEngine(ABC):
         if last != (self._micro == self._accum):
             raise RuntimeError(f"micro-batch {self._micro} of {self._accum} was announced with last={last}")
         (loss / self._accum).backward()
+
+    @abstractmethod
+    def _swap(self) -> None:
+        """Exchange weights and averages."""
+
+    @contextmanager
+    def weights(self, *, ema: bool) -> Iterator[None]:
+        """Swap the averages in for the duration of the context."""
+        if not ema:
+            yield
+            return
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def close(self) -> None:
+        """Drop the model before the process group ends: a living DDP module can abort a finished process at exit."""
+        del self._root, self._optimizer, self._task
+        gc.collect()
 
     def _update(self, parameters: Sequence[Tensor], norm: Tensor) -> StepResult:
         """Clip the gradients of ``parameters`` by their global norm and update, unless the norm is not finite."""
