@@ -39,7 +39,7 @@ examples:
   python jobs/submit.py pretrain vit_s --data digits --config configs/ablate/no_shift.yaml --name no-shift
   python jobs/submit.py pretrain vit_s --data digits --set optim.base_lr=1e-3 --set steps=500
 
-Settings, later ones win: defaults < recipe < data < cluster < --config in order < the other options < --set in order.
+Settings, later ones win: defaults < recipe < data < cluster < engine < --config in order < the other options < --set in order.
 The same command again resumes the run. Exit codes: 0 finished, 75 stopped after saving, 2 a mistake to correct, others failed.
 """
 SectionT = TypeVar("SectionT", bound=Section)
@@ -140,7 +140,7 @@ def collect_layers(args: argparse.Namespace) -> tuple[Layers, list[str]]:
         if value is not None:
             overrides.append(f"{key}={json.dumps(value, ensure_ascii=False)}")  # JSON is YAML, whatever the text holds
 
-    for option in ("data", "run_dir", "name"):
+    for option in ("data", "run_dir", "name", "init"):
         if getattr(args, option) == "":
             problems.append(f"--{option.replace('_', '-')} is empty")
             setattr(args, option, None)
@@ -150,10 +150,14 @@ def collect_layers(args: argparse.Namespace) -> tuple[Layers, list[str]]:
     elif args.data is not None:
         override("data.source", _absolute(args.data))
     add("cluster", "cluster", default_cluster(args))
+    if args.engine is not None:
+        add("engine", "engine", args.engine)
     files += map(Path, args.config)
     override("cluster.nodes", args.nodes)
     override("cluster.gpus_per_node", args.gpus_per_node)
-    override("engine.name", args.engine)
+    override("init.path", None if args.init is None else _absolute(args.init))
+    override("init.load", args.load)
+    override("checkpoint.allow", args.allow or None)
     override("name", args.name)
     if args.run_dir is not None:
         run_dir = Path(_absolute(args.run_dir))
@@ -262,7 +266,7 @@ def compare_with_existing(config: Config) -> tuple[list[str], list[str]]:
     saved = old.model_dump(mode="json")
     if shaping := changed_keys(saved, config):
         listing = "".join(f"\n      {_difference(*item)}" for item in shaping)
-        advice = "choose another --name for the new settings, or repeat the old ones to resume"
+        advice = "choose another --name for the new settings, repeat the old ones to resume, or --allow KEY what may differ"
         return [f"{config.run_dir} holds a run with other settings (old -> new):{listing}\n    {advice}"], []
     before, after = dict(flatten(saved)), dict(flatten(config.model_dump(mode="json")))
     return [], [f"  changed {_difference(key, before[key], after[key])}" for key in after if before[key] != after[key]]
@@ -340,7 +344,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cluster", metavar="NAME", help=f"{known('cluster')}; default: local, or slurm with --nodes above 1")
     parser.add_argument("--nodes", type=int, metavar="N", help="machines")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="processes per machine, one per GPU")
-    parser.add_argument("--engine", metavar="NAME", help="how the model is placed on devices: ddp, fsdp2, hsdp")
+    parser.add_argument("--engine", metavar="NAME", help=f"how the model is placed on devices: {known('engine')}")
+    parser.add_argument("--init", metavar="DIR", help="run folder or checkpoint that a new run starts from")
+    parser.add_argument("--load", metavar="WHAT", help="of --init: weights (default), ema, weights+ema, everything")
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="KEY", help="setting that may differ on resume; repeatable"
+    )
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--name", help="name of the run; default: <task>-<recipe>[-<data>]. Its folder is runs/NAME")
     place.add_argument("--run-dir", metavar="DIR", help="the run folder itself, in place of runs/NAME")

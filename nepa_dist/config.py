@@ -8,163 +8,38 @@ Each field states its unit and where the default comes from. "Paper" is arXiv 25
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from nepa_dist import presets
+from nepa_dist.config_base import ConfigError, Decay, Positive, Section, nearest
+from nepa_dist.config_model import ModelConfig, ObjectiveConfig
 
-
-class ConfigError(ValueError):
-    """One or more problems in a configuration; ``problems`` holds each as a sentence."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
-        lines = "\n".join(f"  - {problem}" for problem in self.problems)
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__(f"{count} in the configuration:\n{lines}")
-
-
-def nearest(key: str, known: Iterable[str], prefix: str = "") -> str:
-    """``; did you mean ...?`` with the known key that is most like ``key``; empty if none is."""
-    match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {prefix + match[0]!r}?" if match else ""
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values do not change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads yes, no, on and off as booleans; pydantic would take them for 1 and 0."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError(f"{str(value).lower()} is a truth value, not a number or a text (quote a text)")
-        return value
-
-
-Positive = Annotated[float, Field(gt=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class ModelConfig(Section):
-    """The backbone. ``preset`` fills the size; every other field given beside it wins over the preset."""
-
-    preset: str | None = None
-    """Name in ``nepa_dist.presets.PRESETS``."""
-    image_size: int = Field(224, gt=0)
-    """Pixels, side of the square that training uses. The model itself takes any multiple of the patch size."""
-    patch_size: int = Field(14, gt=0)
-    """Pixels (paper)."""
-    in_channels: int = Field(3, gt=0)
-    embed_dim: int = Field(192, gt=0)
-    """Width D."""
-    depth: int = Field(12, gt=0)
-    """Number of blocks."""
-    num_heads: int = Field(3, gt=0)
-    mlp_ratio: float = Field(4.0, gt=0)
-    """Hidden width of a plain MLP over D; a gated MLP gets two thirds of it, rounded up to 64 (same parameter count)."""
-    mlp_hidden_dim: int | None = Field(None, gt=0)
-    """Hidden width H given exactly; overrides mlp_ratio."""
-    gated_mlp: bool = True
-    """activation(gate(x)) * up(x); with silu this is SwiGLU (paper). The released weights have it off."""
-    activation: Literal["silu", "gelu"] = "silu"
-    """silu (paper) or exact gelu (released)."""
-    qkv_bias: bool = True
-    qk_norm: bool = True
-    """LayerNorm without bias over the head width of queries and keys, before RoPE (paper)."""
-    qk_norm_affine: bool = False
-    """Learned scale in the QK-norm: off (paper), on in the released L and in all fine-tune configs."""
-    layer_scale: bool = True
-    layer_scale_init: float = 1e-5
-    """Released."""
-    rope: bool = True
-    """2-D axial RoPE. Off: learned absolute positions are added to the input."""
-    rope_theta: float = Field(100.0, gt=1)
-    """Base of the frequencies (released)."""
-    rope_rescale: float = Field(2.0, ge=1)
-    """In training, coordinates are multiplied by one log-uniform draw from [1/x, x] per step (released); 1 is off."""
-    drop_path: float = Field(0.0, ge=0, lt=1)
-    """Stochastic depth of the last block; rises linearly from 0 at the first. 0 in pretraining."""
-    norm_eps: float = Field(1e-12, gt=0)
-    """Of every LayerNorm (released)."""
-    init_std: float = Field(0.02, gt=0)
-    """Standard deviation of the truncated normal of all weights (released)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _apply_preset(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping) or values.get("preset") is None:
-            return values
-        name = values["preset"]
-        if not isinstance(name, str) or name not in presets.PRESETS:
-            raise ValueError(f"unknown preset {name!r}{nearest(str(name), presets.PRESETS)}")
-        return {**presets.PRESETS[name], **values}
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        problems = []
-        if self.embed_dim % self.num_heads:
-            problems.append(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
-        elif self.rope and self.head_dim % 4:
-            problems.append(f"RoPE needs a head width that is a multiple of 4, got {self.embed_dim} / {self.num_heads}")
-        if self.image_size % self.patch_size:
-            low = self.image_size // self.patch_size * self.patch_size
-            near = f"{low} or {low + self.patch_size}" if low else f"{self.patch_size}"
-            problems.append(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; nearest: {near}")
-        if self.mlp_hidden_dim_ < 1:
-            problems.append(f"mlp_ratio {self.mlp_ratio} gives the MLP a hidden width of 0")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-    @property
-    def head_dim(self) -> int:
-        """Head width K."""
-        return self.embed_dim // self.num_heads
-
-    @property
-    def num_patches(self) -> int:
-        """Patches N of a training image."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def mlp_hidden_dim_(self) -> int:
-        """Hidden width H in effect."""
-        return self.mlp_hidden_dim or presets.mlp_hidden_dim(self.embed_dim, self.mlp_ratio, self.gated_mlp)
-
-
-class ObjectiveConfig(Section):
-    """What pretraining minimises, and the switches of the paper's ablations (paper Table 1)."""
-
-    shift: bool = True
-    """Position t predicts the embedding of position t + 1. Off: its own."""
-    causal: bool = True
-    """Each position sees only itself and earlier ones."""
-    stop_grad: bool = True
-    """No gradient through the target."""
-    mask_ratio: float = Field(0.0, ge=0, lt=1)
-    """Share of patches whose input is replaced by a learned token; all targets stay predicted."""
-    drop_last_token: bool = True
-    """Do not feed the last patch: its output enters no loss and nothing sees it. In effect only with shift and causal."""
-    anti_collapse: Literal["none", "sigreg", "vicreg"] = "none"
-    """Regulariser on the targets beside (or instead of) the stop-gradient: SIGReg (arXiv 2511.08544), VICReg (2105.04906)."""
-    anti_collapse_weight: float = Field(1.0, ge=0)
-    """Weight of the regulariser in the loss; see configs/ablate for one that keeps the targets apart."""
-
-    @property
-    def drops_last_token(self) -> bool:
-        """Whether the last token is really left out: without shift it is a target of its own, without causality it is seen."""
-        return self.drop_last_token and self.shift and self.causal
+__all__ = [
+    "AugmentConfig",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EngineConfig",
+    "GuardConfig",
+    "InitConfig",
+    "MetricsConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "Section",
+    "changed_keys",
+    "may_differ",
+    "nearest",
+]
 
 
 class AugmentConfig(Section):
@@ -235,20 +110,39 @@ class OptimConfig(Section):
 class EngineConfig(Section):
     """How the model is placed on devices."""
 
-    name: Literal["ddp", "fsdp2", "hsdp"] = "ddp"
+    name: Literal["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"] = "ddp"
     """ddp: every rank holds everything; fsdp2: weights, gradients and state sharded over all ranks; hsdp: sharded within groups
-    of ``shard_size`` ranks, replicated between them."""
+    of ``shard_size`` ranks, replicated between them; zero1, zero2, zero3: DeepSpeed, which shards the optimizer state, the
+    gradients as well, the weights as well."""
     shard_size: int | None = Field(None, gt=0)
     """Ranks that share one copy of the state with hsdp; default: those of a node."""
     reshard_after_forward: bool = True
     """fsdp2, hsdp: free gathered weights between forward and backward; off saves a gather and costs the memory."""
-    precision: Literal["fp32", "bf16_autocast"] = "bf16_autocast"
-    """bf16_autocast (paper): fp32 weights, matrix products in bf16. fp16 is not offered: its range needs loss scaling."""
+    precision: Literal["fp32", "bf16_autocast", "bf16_params"] = "bf16_autocast"
+    """bf16_autocast (paper): fp32 weights, matrix products in bf16. bf16_params: forward and backward on a bf16 copy of the
+    weights, which are kept and updated in fp32."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of gradients while they are averaged over the ranks; bf16 halves the traffic and loses digits."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """What backward computes again instead of keeping it: full, everything within a block; selective, all but the results of
+    matrix products and of attention."""
+    compile: bool = False
+    """torch.compile each block: the first step takes a minute, the others are faster."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
     """Only deterministic kernels on a GPU, slower; CPUs are deterministic as they are."""
     timeout_seconds: float = Field(600.0, gt=0)
     """A collective that waits longer than this fails."""
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _say_why_not_fp16(cls, value: Any) -> Any:
+        if value in ("fp16", "float16", "half", "fp16_autocast", "fp16_params"):
+            raise ValueError(
+                f"{value} is not offered: its range is too small for these gradients without loss scaling, which skips steps "
+                "that other precisions take; use bf16_autocast"
+            )
+        return value
 
 
 class GuardConfig(Section):
@@ -258,6 +152,21 @@ class GuardConfig(Section):
     """Checkpoints in a row that cannot be written before the run ends with an error; the earlier ones stay."""
     max_consecutive_skips: int = Field(10, gt=0)
     """Steps in a row with a non-finite gradient (each is skipped and counted) before the run ends with an error."""
+    hang_seconds: float = Field(60.0, gt=0, le=1e6)
+    """A rank that finishes no step for this long, and for hang_factor times its median step, writes the stacks of all its
+    threads to logs/ and ends with exit code 75. A million is never."""
+    hang_factor: float = Field(10.0, ge=1)
+    """Median steps that hang_seconds must also cover."""
+
+
+class InitConfig(Section):
+    """What a new run starts from. Without effect once the run has a checkpoint of its own."""
+
+    path: str | None = Field(None, min_length=1)
+    """Folder of another run (its newest checkpoint that verifies), or of one checkpoint. null: random weights."""
+    load: Literal["weights", "ema", "weights+ema", "everything"] = "weights"
+    """weights: the average starts as a copy; ema: the averaged weights, as weights; weights+ema: both; everything: moments,
+    step and counters as well, so that the new run goes on where the other stands."""
 
 
 class CheckpointConfig(Section):
@@ -271,6 +180,8 @@ class CheckpointConfig(Section):
     """Checkpoints at multiples of this many steps are kept for good."""
     shard_bytes: int = Field(1 << 30, gt=0)
     """Largest size of one file, bytes (a single larger parameter still gets its own file)."""
+    allow: tuple[str, ...] = ()
+    """Settings, by dotted key or section, that may differ from those of the checkpoint a run continues from."""
 
 
 class MetricsConfig(Section):
@@ -325,6 +236,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     guard: GuardConfig = GuardConfig()
+    init: InitConfig = InitConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -347,7 +259,7 @@ class Config(Section):
         """Ranks that share one copy of weights, gradients and optimizer state."""
         if self.engine.name == "hsdp":
             return self.engine.shard_size or self.cluster.gpus_per_node
-        return self.cluster.world_size if self.engine.name == "fsdp2" else 1
+        return self.cluster.world_size if self.engine.name in ("fsdp2", "zero3") else 1
 
     def identity(self) -> dict[str, Any]:
         """The settings that shape the numbers of a run, by dotted key: not its name, its place, or how often it reports."""
@@ -365,7 +277,7 @@ class Config(Section):
 _NOT_IDENTITY = {"name", "run_root", "cluster", "checkpoint", "metrics", "guard", "micro_batch_size"}
 _NOT_IDENTITY |= {f"data.{key}" for key in DataConfig.model_fields if key not in ("augment", "mean", "std")}
 # Every engine gives the same numbers; a run may move between them.
-_NOT_IDENTITY |= {f"engine.{key}" for key in EngineConfig.model_fields if key != "precision"}
+_NOT_IDENTITY |= {f"engine.{key}" for key in EngineConfig.model_fields if key not in ("precision", "reduce_dtype")}
 
 
 def _identity(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -383,11 +295,17 @@ def changed_keys(old: Mapping[str, Any], new: Config) -> list[tuple[str, Any, An
 
     Args:
         old: a configuration as nested mappings, as saved with a run.
-        new: the configuration to compare with.
+        new: the configuration to compare with; what its ``checkpoint.allow`` names may differ.
 
     Returns:
         (dotted key, old value, new value); a key that one side lacks has None there.
     """
     before, after = _identity(old), new.identity()
     keys = [*after, *(key for key in before if key not in after)]
-    return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+    differing = [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+    return [item for item in differing if not may_differ(item[0], new)]
+
+
+def may_differ(key: str, config: Config) -> bool:
+    """Whether ``checkpoint.allow`` names a setting, or a section that it is in."""
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in config.checkpoint.allow)

@@ -18,6 +18,12 @@ from nepa_dist.config import Config, ConfigError, nearest
 from nepa_dist.plan import cross_field_problems
 from nepa_dist.presets import PRESETS
 
+NOT_OFFERED = {
+    "engine.offload": "state is not moved to the host: the moving average is optimizer state that updates beside the weights, "
+    "and sharding (fsdp2, zero3) frees more at less cost",
+}
+"""Keys that people look for, and why they are not there."""
+
 
 def load_config(
     files: Sequence[str | Path] = (), overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None
@@ -149,7 +155,8 @@ def _unknown_keys(layer: Mapping[str, Any], section: type[BaseModel], origin: st
     for key, value in layer.items():
         path = f"{prefix}{key}"
         if key not in section.model_fields:
-            problems.append(f"{origin}: unknown key {path!r}{_nearest_key(str(key), section, prefix)}")
+            hint = f": {NOT_OFFERED[path]}" if path in NOT_OFFERED else _nearest_key(str(key), section, prefix)
+            problems.append(f"{origin}: unknown key {path!r}{hint}")
             continue
         kind = section.model_fields[key].annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):

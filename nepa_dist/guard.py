@@ -77,22 +77,22 @@ def count_skip(state: TrainState, applied: bool, limit: int) -> None:
         )
 
 
-def count_save(state: TrainState, saved: bool, limit: int) -> None:
-    """Account for one attempt to write a checkpoint.
+def count_saves(state: TrainState, written: int, failed: int, limit: int) -> None:
+    """Account for checkpoints whose writing has ended.
 
     Args:
         state: its failure counters are updated.
-        saved: whether the checkpoint is on disk.
+        written: that are on disk.
+        failed: that could not be written.
         limit: failures in a row that are tolerated.
 
     Raises:
         RunAborted: more than ``limit`` checkpoints in a row could not be written.
     """
-    if saved:
+    if written:
         state.consecutive_checkpoint_failures = 0
-        return
-    state.checkpoint_failures += 1
-    state.consecutive_checkpoint_failures += 1
+    state.checkpoint_failures += failed
+    state.consecutive_checkpoint_failures += failed
     if state.consecutive_checkpoint_failures > limit:
         raise RunAborted(
             f"{state.consecutive_checkpoint_failures} checkpoints in a row could not be written "

@@ -56,7 +56,16 @@ class AdamWEMA(torch.optim.AdamW):
         super().__init__(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
         self.ema_decay = optim.ema_decay
         self.found_inf: Tensor | None = None
-        for parameter in self._parameters():
+        self.begin(self._parameters())
+
+    def begin(self, parameters: Iterable[Tensor]) -> None:
+        """Drop all state and start it anew for these tensors, which an engine may step in place of the parameters.
+
+        Args:
+            parameters: fp32 tensors that hold the initial weights, in any shape.
+        """
+        self.state.clear()
+        for parameter in parameters:
             state = self.state[parameter]
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)

@@ -92,6 +92,7 @@ def cross_field_problems(config: Config) -> list[str]:
         which = "all" if masked else "none"
         problems.append(f"objective.mask_ratio {objective.mask_ratio} masks {which} of the {patches} patches")
     problems += _warmup_problems(config, config.steps)
+    problems += _engine_problems(config)
     if config.cluster.world_size % config.state_shards:
         problems.append(f"engine.shard_size {config.state_shards} does not divide the world size {config.cluster.world_size}")
     peak = _peak_lr(config)
@@ -99,4 +100,21 @@ def cross_field_problems(config: Config) -> list[str]:
         problems.append(f"optim.min_lr {optim.min_lr:g} is more than the peak learning rate {peak:g} (base_lr x batch / 256)")
     if config.model.in_channels != 3:
         problems.append(f"model.in_channels {config.model.in_channels}: the data loader makes RGB images, so training needs 3")
+    return problems
+
+
+def _engine_problems(config: Config) -> list[str]:
+    """Sentences about engine settings that cannot work together."""
+    engine = config.engine
+    zero = engine.name.startswith("zero")
+    problems = []
+    if engine.compile and engine.name == "zero3":
+        problems.append(
+            "engine.compile with engine.name zero3: DeepSpeed gathers weights in hooks inside the block, which a compiled one "
+            "does not call; use fsdp2, which shards as much, or compile: false"
+        )
+    if zero and engine.deterministic and engine.device == "cuda":
+        problems.append("engine.deterministic with DeepSpeed: its bucketed reductions promise no order; use ddp or fsdp2")
+    if engine.shard_size is not None and engine.name != "hsdp":
+        problems.append(f"engine.shard_size has no effect with engine.name {engine.name}; it belongs to hsdp")
     return problems

@@ -23,8 +23,8 @@ from nepa_dist.state import TrainState
 class StepReport:
     """The scalars of one step, summed over the ranks on the device and read by the host one step later.
 
-    The stop flag and the count of bad samples ride in the same reduction as the loss, so every rank learns of them at the
-    same step and no further collective is needed.
+    Counts, such as that of ranks that were asked to stop, ride in the same reduction as the loss, so every rank learns of
+    them at the same step and no further collective is needed.
 
     Args:
         world: the ranks.
@@ -33,8 +33,7 @@ class StepReport:
         result: what the engine did; equal on all ranks.
         means: 0-d tensors to average over the ranks, by metric name.
         gauges: 0-d tensors that are equal on all ranks already.
-        stop: whether this rank was asked to stop.
-        bad: new unreadable images on this rank.
+        counts: numbers to sum over the ranks, by name.
         data_wait: seconds that the step stood still for data.
         observed: whether ``gauges`` were taken, so that the step must be logged.
     """
@@ -48,16 +47,16 @@ class StepReport:
         result: StepResult,
         means: Mapping[str, Tensor],
         gauges: Mapping[str, Tensor],
-        stop: bool,
-        bad: int,
+        counts: Mapping[str, float],
         data_wait: float,
         observed: bool,
     ) -> None:
         self.step, self.lr, self.data_wait, self.observed = step, lr, data_wait, observed
         self.clock = time.perf_counter()
-        self._names = [*means, "stop", "bad", *gauges, "grad_norm", "applied"]
+        self._names = [*means, *counts, *gauges, "grad_norm", "applied"]
         self._num_means, self._world_size = len(means), world.world_size
-        flags = torch.tensor([float(stop), float(bad)], dtype=torch.float64).to(world.device, non_blocking=True)
+        flags = torch.tensor([float(count) for count in counts.values()], dtype=torch.float64)
+        flags = flags.to(world.device, non_blocking=True)
         summed = world.all_reduce(torch.cat([_stack(means, world.device), flags]))
         equal = {**gauges, "grad_norm": result.grad_norm, "applied": result.applied}
         values = torch.cat([summed, _stack(equal, world.device)])
@@ -68,7 +67,7 @@ class StepReport:
             self._ready.record()
 
     def read(self) -> dict[str, float]:
-        """Wait for the values and return them by name; ``stop`` and ``bad`` are sums over the ranks."""
+        """Wait for the values and return them by name; counts are sums over the ranks."""
         if self._ready is not None:
             self._ready.synchronize()
         values = self._host.tolist()
@@ -97,6 +96,7 @@ class Reporter:
         self.prometheus_port: int | None = None
         self._meter = Meter(self._open_sinks(config.run_dir) if world.is_main else [])
         self._checkpoint_seconds: float | None = None
+        self._stall_seconds: float | None = None
         self._window_start, self._window_step, self._data_wait = time.perf_counter(), state.step, 0.0
         self._started = time.time()
 
@@ -123,10 +123,14 @@ class Reporter:
         """Tell people, on the terminal and in log.txt."""
         self._meter.event(message)
 
-    def saved(self, seconds: float) -> None:
-        """Note how long the last checkpoint took, and keep that time out of the speed of the next interval."""
-        self._checkpoint_seconds = seconds
+    def stalled(self, seconds: float) -> None:
+        """Note how long the loop stood still for a checkpoint, and keep that time out of the speed of the next interval."""
+        self._stall_seconds = seconds
         self._window_start += seconds
+
+    def saved(self, seconds: float) -> None:
+        """Note how long the newest checkpoint took to be written, in the background."""
+        self._checkpoint_seconds = seconds
 
     def count(self, report: StepReport) -> None:
         """Take note of a step that is not logged itself."""
@@ -162,6 +166,8 @@ class Reporter:
         }
         if self._checkpoint_seconds is not None:
             row["checkpoint_seconds"] = self._checkpoint_seconds
+        if self._stall_seconds is not None:
+            row["checkpoint_stall_seconds"] = self._stall_seconds
         self._meter.log(step, row)
         self._window_start, self._window_step, self._data_wait = report.clock, step, 0.0
 

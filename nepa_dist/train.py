@@ -9,19 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.checkpoint.store import CheckpointStore
-from nepa_dist.config import Config, ConfigError, changed_keys
-from nepa_dist.data.augment import AUGMENT_VERSION
-from nepa_dist.data.containers import Container, open_container
+from nepa_dist.config import Config
+from nepa_dist.data.containers import open_container
 from nepa_dist.data.device import to_device
 from nepa_dist.data.loader import Batch, TrainLoader
-from nepa_dist.engines.base import Engine, build_engine
+from nepa_dist.engines.base import build_engine
 from nepa_dist.engines.mesh import World, join_world, leave_world
 from nepa_dist.guard import (
     EXIT_AGAIN,
@@ -31,17 +27,21 @@ from nepa_dist.guard import (
     RunLock,
     StopFlag,
     count_bad_samples,
-    count_save,
+    count_saves,
     count_skip,
 )
 from nepa_dist.keyed import keyed_seed
 from nepa_dist.optim import learning_rate
-from nepa_dist.plan import Plan, make_plan
+from nepa_dist.plan import make_plan
 from nepa_dist.reporting import Reporter, StepReport
-from nepa_dist.run_folder import append_start, count_starts, describe_start, versions
+from nepa_dist.resume import begin
+from nepa_dist.run import Run
+from nepa_dist.run_folder import append_start, describe_start
+from nepa_dist.saving import Saver, Saves
 from nepa_dist.state import TrainState
-from nepa_dist.tasks.base import Task, build_task
+from nepa_dist.tasks.base import build_task
 from nepa_dist.visualize import plot_curves
+from nepa_dist.watchdog import Watchdog
 
 
 def main(config: Config) -> int:
@@ -67,24 +67,11 @@ def main(config: Config) -> int:
     return code
 
 
-@dataclass
-class Run:
-    """What the loop works with."""
-
-    config: Config
-    plan: Plan
-    world: World
-    task: Task
-    engine: Engine
-    store: CheckpointStore
-    state: TrainState
-    container: Container
-
-
 def _run(config: Config, world: World, stop: StopFlag) -> int:
     container = open_container(config.data.source, "train", image_size=config.model.image_size)
     plan = make_plan(config, len(container))
     task = build_task(config)
+    num_parameters = sum(parameter.numel() for parameter in task.parameters())
     engine = build_engine(task, config, plan, world.device)
     options = config.checkpoint
     store = CheckpointStore(
@@ -93,48 +80,54 @@ def _run(config: Config, world: World, stop: StopFlag) -> int:
         keep_every=options.keep_every,
         shard_bytes=options.shard_bytes,
     )
-    run = Run(config, plan, world, task, engine, store, TrainState(), container)
-    notes = resume(run)
+    run = Run(config, plan, world, task, engine, store, TrainState(), container, num_parameters)
+    notes = begin(run)
     loader = _open_loader(run)
     batches = iter(loader)  # forks the workers, before any thread is started
     reporter = Reporter(config, plan, world, run.state)
+    saver = Saver(run, reporter)
+    watchdog = _watch(run)
     try:
         if run.state.step >= plan.steps:
             reporter.event(f"this run is finished: {config.run_dir} holds all {plan.steps} steps; nothing to do")
             code = EXIT_DONE
         else:
             _announce(run, reporter, notes)
-            code = train(run, batches, reporter, stop)
+            code = train(run, batches, reporter, saver, stop, watchdog)
             _draw(run, reporter)
     except RunAborted as error:  # on all ranks at the same step
         reporter.event(str(error))
         code = EXIT_FAILED
     finally:
+        watchdog.close()
         loader.close()
+        saver.close()
         reporter.close()
     engine.close()
     return code
 
 
-def train(run: Run, batches: Iterator[Batch], reporter: Reporter, stop: StopFlag) -> int:
+def train(run: Run, batches: Iterator[Batch], reporter: Reporter, saver: Saver, stop: StopFlag, watchdog: Watchdog) -> int:
     """Run updates until the last one or until a signal; returns the exit code."""
     config, plan, state = run.config, run.plan, run.state
     pending: StepReport | None = None
     bad: dict[str, str] = {}
     while True:
-        report = update(run, batches, bad, stop)
+        report = update(run, batches, bad, stop, saver.take())
         stopping = _settle(run, reporter, pending, bad)
         pending = report
+        watchdog.beat(state.step)
         done = state.step >= plan.steps
         if done or stopping or state.step % config.checkpoint.every == 0:
             stopping |= _settle(run, reporter, pending, bad)
             pending = None
-            saved = save(run, reporter)
+            saver.start()
             if done or stopping:
-                return _finish(run, reporter, done, saved, stop)
+                with watchdog.pause():
+                    return _finish(run, reporter, done, saver.wait(), stop)
 
 
-def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFlag) -> StepReport:
+def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFlag, saves: Saves) -> StepReport:
     """One optimizer update over the global batch. Nothing in it waits for the device, but for the gauges of observed steps.
 
     Args:
@@ -142,6 +135,7 @@ def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFl
         batches: micro-batches of this rank, in order.
         bad: unreadable images are added, name to reason.
         stop: whether this rank was asked to stop rides in the report.
+        saves: so does what became of its checkpoints.
     """
     config, plan, state, world = run.config, run.plan, run.state, run.world
     lr = learning_rate(state.step, plan, config.optim)
@@ -174,8 +168,7 @@ def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFl
         result=result,
         means=means,
         gauges=run.task.health(world.all_reduce) if observe else {},
-        stop=stop.is_set,
-        bad=len(bad) - known,
+        counts={"stop": stop.is_set, "bad": len(bad) - known, "saves_written": saves.written, "saves_failed": saves.failed},
         data_wait=data_wait,
         observed=observe,
     )
@@ -193,12 +186,14 @@ def _settle(run: Run, reporter: Reporter, report: StepReport | None, bad: dict[s
             reporter.event(f"unreadable image replaced: {name}: {reason}")
         bad.clear()
     stopping = values.pop("stop") > 0
+    written, failed = values.pop("saves_written"), values.pop("saves_failed")
     applied = values["applied"] > 0
     if not applied:
         reporter.event(f"step {report.step} skipped: gradient norm {values['grad_norm']}, loss {values['loss']}")
     reporter.count(report)
     every, ends = run.config.metrics.every, report.step == run.plan.steps
     try:
+        count_saves(run.state, int(written), int(failed), run.config.guard.max_consecutive_checkpoint_failures)
         count_skip(run.state, applied, run.config.guard.max_consecutive_skips)
     except RunAborted:
         ends = True
@@ -207,81 +202,6 @@ def _settle(run: Run, reporter: Reporter, report: StepReport | None, bad: dict[s
         if report.step % every == 0 or ends or report.observed:
             reporter.log(report, values)
     return stopping
-
-
-def resume(run: Run) -> list[str]:
-    """Load the newest checkpoint that verifies, if there is one; returns sentences about what was found.
-
-    Raises:
-        ConfigError: the checkpoint belongs to other settings or other data; every difference is listed.
-    """
-    notes: list[str] = []
-    path: Path | None = None
-    if run.world.is_main:
-        notes += [f"removed the leftover {name} of an interrupted save" for name in run.store.sweep()]
-        found = run.store.latest()
-        notes += [f"passed over the damaged checkpoint {bad}: {reason}" for bad, reason in found.passed_over]
-        path = found.path
-        if path is None and found.passed_over:
-            raise ConfigError(["no checkpoint verifies; move the folder away to start over", *notes])
-        run.state.restarts = count_starts(run.config.run_dir)
-    path = run.world.gather(path)[0]
-    if path is None:
-        return notes
-    # Rank 0 has just read every byte to verify it; the others need not.
-    manifest, reader = run.store.open(path, check_digests=False)
-    meta = manifest.meta
-    problems = [f"{key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in changed_keys(meta["config"], run.config)]
-    if meta["augment_version"] != AUGMENT_VERSION:
-        problems.append(f"augmentation: version {meta['augment_version']} in the checkpoint, {AUGMENT_VERSION} in this code")
-    if meta["data_fingerprint"] != run.container.fingerprint:
-        problems.append(f"data.source: {run.config.data.source} holds other images than those the run began with")
-    if problems:
-        advice = "use another --name, or the settings it was made with (a config.yaml edited by hand can be removed)"
-        raise ConfigError([f"{path} does not fit this run; {advice}", *problems])
-    run.engine.load_named_state(reader)
-    run.state = replace(TrainState.from_dict(meta["state"]), restarts=run.state.restarts)
-    return [*notes, f"continuing from {path}, step {run.state.step}"]
-
-
-def save(run: Run, reporter: Reporter) -> bool:
-    """Write a checkpoint from all ranks; returns whether it is on disk. A failure is counted and training may go on.
-
-    Raises:
-        RunAborted: too many checkpoints in a row could not be written.
-    """
-    start = time.perf_counter()
-    problem: str | None = None
-    entries = run.engine.named_state()
-    if run.world.is_main:
-        meta = {
-            "state": run.state.to_dict(),
-            "config": run.config.model_dump(mode="json"),
-            "config_digest": run.config.digest(),
-            "data_fingerprint": run.container.fingerprint,
-            "augment_version": AUGMENT_VERSION,
-            "world_size": run.world.world_size,
-            "versions": versions(),
-        }
-        try:
-            run.store.save(run.state.step, entries, meta, expected_bytes=_checkpoint_bytes(run))
-        except CheckpointError as error:
-            problem = str(error)
-    else:
-        for _ in entries:  # takes part in the collectives
-            pass
-    problem = run.world.gather(problem)[0]
-    reporter.saved(time.perf_counter() - start)
-    if problem is not None:
-        reporter.event(f"checkpoint at step {run.state.step} failed: {problem}")
-    count_save(run.state, problem is None, run.config.guard.max_consecutive_checkpoint_failures)
-    return problem is None
-
-
-def _checkpoint_bytes(run: Run) -> int:
-    """Size of a checkpoint: weight, two moments and the average, fp32."""
-    numel = sum(parameter.numel() for parameter in run.task.parameters())
-    return numel * 4 * (3 if run.config.optim.ema_decay is None else 4)
 
 
 def _finish(run: Run, reporter: Reporter, done: bool, saved: bool, stop: StopFlag) -> int:
@@ -295,6 +215,12 @@ def _finish(run: Run, reporter: Reporter, done: bool, saved: bool, stop: StopFla
     signal_name = stop.signal_name or "a signal to another rank"
     reporter.event(f"stopped by {signal_name}; step {run.state.step} is saved, the same command continues")
     return EXIT_AGAIN
+
+
+def _watch(run: Run) -> Watchdog:
+    guard = run.config.guard
+    path = run.config.run_dir / "logs" / f"hang-rank-{run.world.rank}.txt"
+    return Watchdog(path, min_seconds=guard.hang_seconds, factor=guard.hang_factor)
 
 
 def _open_loader(run: Run) -> TrainLoader:

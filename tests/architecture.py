@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 PACKAGES = ("nepa_dist", "jobs", "data_prep")
 
-_SETTINGS = {"config", "plan", "presets"}
+_SETTINGS = {"config", "plan", "presets"}  # config_base and config_model are reached through config
 _LOOP = (
     _SETTINGS
     | {"checkpoint", "data", "engines", "guard", "keyed", "metrics", "optim"}
-    | {"reporting", "run_folder", "state", "tasks", "visualize"}
+    | {"reporting", "resume", "run", "run_folder", "saving", "state", "tasks", "visualize", "watchdog"}
 )
 ARROWS: dict[str, set[str]] = {
     "jobs": _SETTINGS
@@ -26,6 +26,10 @@ ARROWS: dict[str, set[str]] = {
     "data_prep": {"config", "data"},
     "train": _LOOP,
     "evaluate": _LOOP,
+    "run": _SETTINGS | {"checkpoint", "data", "engines", "state", "tasks"},
+    "resume": _SETTINGS | {"checkpoint", "data", "run", "run_folder", "state"},
+    "saving": _SETTINGS | {"checkpoint", "data", "reporting", "run", "run_folder", "state"},
+    "watchdog": {"guard"},
     "reporting": _SETTINGS | {"engines", "metrics", "state"},
     "export": {"checkpoint", "config", "heads", "model", "tasks"},
     "report": _SETTINGS | {"data.containers"},
@@ -40,7 +44,9 @@ ARROWS: dict[str, set[str]] = {
     "metrics": {"config", "presets"},
     "config_load": _SETTINGS,
     "plan": {"config", "presets"},
-    "config": {"presets"},
+    "config": {"config_base", "config_model", "presets"},
+    "config_model": {"config_base", "presets"},
+    "config_base": set(),
     "heads": set(),
     "keyed": set(),
     "presets": set(),

@@ -1,4 +1,4 @@
-"""Sharded engines on real gloo ranks against one plain process: the same numbers, skipped steps, state that moves."""
+"""Every engine on real gloo ranks against one plain process: the same numbers, skipped steps, state that moves."""
 
 import math
 
@@ -14,8 +14,19 @@ from spawn import run_ranks
 
 # An odd width of the MLP: shards are uneven, and CLS has one row for all ranks.
 MODEL = {"image_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "mlp_hidden_dim": 37}
-STEPS, BATCH = 5, 16
-ENGINES = [("fsdp2", 2, {}), ("hsdp", 4, {"shard_size": 2}), ("fsdp2", 2, {"reshard_after_forward": False})]
+STEPS, BATCH = 10, 16
+HSDP = ("hsdp", 4, {"shard_size": 2})
+ENGINES = [("ddp", 2, {}), ("fsdp2", 2, {}), HSDP, ("zero1", 2, {}), ("zero2", 2, {}), ("zero3", 2, {})]
+VARIANTS = [
+    ("fsdp2", 2, {"reshard_after_forward": False}),
+    ("ddp", 2, {"activation_checkpointing": "selective"}),
+    ("fsdp2", 2, {"activation_checkpointing": "full"}),
+    ("zero2", 2, {"activation_checkpointing": "selective"}),
+    ("zero3", 2, {"activation_checkpointing": "full"}),
+    ("ddp", 1, {"activation_checkpointing": "selective", "compile": True}),
+    pytest.param("fsdp2", 2, {"activation_checkpointing": "full", "compile": True}, marks=pytest.mark.slow),
+    pytest.param("zero2", 2, {"compile": True}, marks=pytest.mark.slow),
+]
 
 
 class Saved(dict):
@@ -95,8 +106,13 @@ def plain():
     return train("ddp", {})
 
 
-@pytest.mark.parametrize(("name", "ranks", "options"), ENGINES)
-def test_sharded_equals_plain(plain, name, ranks, options):
+@pytest.fixture(scope="module", params=["bf16_autocast", "bf16_params"])
+def plain_bf16(request):
+    return request.param, train("ddp", {"precision": request.param})
+
+
+@pytest.mark.parametrize(("name", "ranks", "options"), ENGINES + VARIANTS)
+def test_every_engine_equals_plain(plain, name, ranks, options):
     rows, states, averaged, _ = plain
     results = run_ranks(train, ranks, name, options)
     losses = [sum(step) / ranks for step in zip(*([row[0] for row in result[0]] for result in results), strict=True)]
@@ -110,11 +126,47 @@ def test_sharded_equals_plain(plain, name, ranks, options):
         assert_equal(after, rank_states[-1], atol=0, rtol=0)  # swapped back
 
 
-@pytest.mark.parametrize(("name", "ranks", "options"), ENGINES[:2])
+@pytest.mark.parametrize(("name", "ranks", "options"), ENGINES)
+def test_bf16_agrees_with_plain(plain_bf16, name, ranks, options):
+    precision, (rows, states, _, _) = plain_bf16
+    results = run_ranks(train, ranks, name, {**options, "precision": precision})
+    losses = [sum(step) / ranks for step in zip(*([row[0] for row in result[0]] for result in results), strict=True)]
+    assert losses == pytest.approx([row[0] for row in rows], abs=2e-3)
+    for rank_rows, rank_states, _, _ in results:
+        assert [row[1] for row in rank_rows] == pytest.approx([row[1] for row in rows], rel=2e-2)
+        for key, state in rank_states[-1].items():
+            for field in ("weight", "ema"):
+                assert state[field].dtype == torch.float32
+                torch.testing.assert_close(state[field], states[-1][key][field], atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "ranks", "options"), ENGINES)
+def test_gradients_can_be_reduced_in_bf16(plain, name, ranks, options):
+    rows = run_ranks(train, ranks, name, {**options, "reduce_dtype": "bf16"}, 3)[0][0]
+    norms = [row[1] for row in rows]
+    assert norms == pytest.approx([row[1] for row in plain[0][:3]], rel=1e-2)
+    assert norms != pytest.approx([row[1] for row in plain[0][:3]], rel=1e-6)  # digits are lost: it took effect
+
+
+@pytest.mark.parametrize(("name", "ranks", "options"), ENGINES)
 def test_nan_on_one_rank_skips_the_step_on_all_to_the_bit(name, ranks, options):
     for rows, states, _, _ in run_ranks(train, ranks, name, options, STEPS, None, 1):
-        assert [row[2] for row in rows] == [1, 1, 0, 1, 1]
+        assert [row[2] for row in rows] == [1, 1, 0, *[1] * (STEPS - 3)]
         assert_equal(states[2], states[1], atol=0, rtol=0)
+
+
+def _resume_in_the_middle(name, options):
+    """Ten steps; and six, a fresh engine, four more."""
+    whole = train(name, options)
+    part = train(name, options, 4, whole[1][5], None, 6)
+    assert part[0] == whole[0][6:]
+    assert_equal(part[1][-1], whole[1][-1], atol=0, rtol=0)
+    return True
+
+
+@pytest.mark.parametrize(("name", "ranks", "options"), [*ENGINES, ("zero2", 2, {"precision": "bf16_params"})])
+def test_resume_is_exact_to_the_bit(name, ranks, options):
+    assert all(run_ranks(_resume_in_the_middle, ranks, name, options))
 
 
 def test_state_moves_between_engines_and_ranks(plain):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nepa_dist.guard import RunAborted, RunLock, StopFlag, count_bad_samples, count_save, count_skip
+from nepa_dist.guard import RunAborted, RunLock, StopFlag, count_bad_samples, count_saves, count_skip
 from nepa_dist.state import TrainState
 
 ROOT = Path(__file__).parents[1]
@@ -25,11 +25,11 @@ def test_skips_are_counted_and_a_row_of_them_ends_the_run():
 
 def test_failed_saves_are_counted_and_a_row_of_them_ends_the_run():
     state = TrainState()
-    for saved in (False, True, False):
-        count_save(state, saved, limit=1)
+    for written, failed in ((0, 1), (1, 0), (0, 0), (0, 1)):
+        count_saves(state, written, failed, limit=1)
     assert state.checkpoint_failures == 2
     with pytest.raises(RunAborted, match="2 checkpoints in a row"):
-        count_save(state, False, limit=1)
+        count_saves(state, 0, 1, limit=1)
 
 
 def test_bad_images_count_once_each():

@@ -1,13 +1,20 @@
-"""``python -m nepa_dist.checkpoint inspect|verify RUN``: the checkpoints of a run, and whether they are as they were saved."""
+"""``python -m nepa_dist.checkpoint inspect|verify|convert RUN``: what a run saved, whether it is intact, and parts of it."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
-from nepa_dist.checkpoint.portable import CheckpointError
+from nepa_dist.checkpoint.convert import DTYPES, What, convert
+from nepa_dist.checkpoint.folder import list_damage
+from nepa_dist.checkpoint.manifest import Manifest
+from nepa_dist.checkpoint.portable import CheckpointError, StateReader
 from nepa_dist.checkpoint.store import CheckpointStore
+
+_COLUMNS = ("step", "samples", "created", "size", "engine", "ranks", "precision", "parameters", "fields")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,37 +24,121 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments; default: the command line.
 
     Returns:
-        0; 1 if a checkpoint is damaged; 2 if there is none.
+        0; 1 if ``inspect`` or ``verify`` found damage; 2 if there is nothing to look at, or ``convert`` could not.
     """
-    parser = argparse.ArgumentParser(prog="python -m nepa_dist.checkpoint", description="Look at the checkpoints of a run.")
-    parser.add_argument("action", choices=["inspect", "verify"], help="inspect: headers only; verify: read and hash every byte")
-    parser.add_argument("run", type=Path, help="folder of the run")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     store = CheckpointStore(args.run / "checkpoints")
     try:
-        steps = store.steps()
+        steps = _steps(args.run, store)
+        if args.action == "convert":
+            return _convert(args, store, steps)
     except CheckpointError as error:
         print(error, file=sys.stderr)
         return 2
+    return (_inspect if args.action == "inspect" else _verify)([store.path(step) for step in steps])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m nepa_dist.checkpoint", description="Look at the checkpoints of a run.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    inspect = actions.add_parser("inspect", help="a table of the checkpoints; reads headers only")
+    verify = actions.add_parser("verify", help="read every byte and name each damaged file")
+    make = actions.add_parser("convert", help="write weights, averages or a smaller checkpoint to a new folder")
+    for action in (inspect, verify, make):
+        action.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    make.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="new folder")
+    make.add_argument("--step", type=int, metavar="N", help="default: the newest checkpoint that verifies")
+    make.add_argument("--what", choices=get_args(What), default="weights", help="default: weights")
+    make.add_argument("--dtype", choices=list(DTYPES), help="default: as stored, fp32")
+    return parser
+
+
+def _steps(run: Path, store: CheckpointStore) -> list[int]:
+    if not run.is_dir():
+        raise CheckpointError(f"{run} is not the folder of a run: there is no such folder")
+    steps = store.steps()
     if not steps:
-        print(f"{args.run} holds no checkpoint", file=sys.stderr)
-        return 2
-    lines = [_describe(store.path(step), check_digests=args.action == "verify") for step in steps]
-    print("\n".join(text for text, _ in lines))
-    return 0 if all(intact for _, intact in lines) else 1
+        raise CheckpointError(f"{run} holds no checkpoint")
+    return steps
 
 
-def _describe(path: Path, *, check_digests: bool) -> tuple[str, bool]:
-    """One line about a checkpoint, and whether it is intact as far as it was looked at."""
-    try:
-        manifest = CheckpointStore.verify(path, check_digests=check_digests)
-    except CheckpointError as error:
-        return f"{path.name}  DAMAGED  {error}", False
-    size = sum(file.bytes for file in manifest.files)
-    config = manifest.meta.get("config", {})
-    engine, world = config.get("engine", {}).get("name", "?"), manifest.meta.get("world_size", "?")
-    checked = "verified" if check_digests else "complete"
-    return f"{path.name}  {checked}  {manifest.created}  {size / 1e6:.1f} MB  {engine} on {world} ranks", True
+def _inspect(paths: list[Path]) -> int:
+    """Print a table; a checkpoint that is not complete comes after it, with the reason."""
+    rows: list[tuple[str, ...]] = [_COLUMNS]
+    damaged = []
+    for path in paths:
+        try:
+            manifest = CheckpointStore.verify(path, check_digests=False)
+            rows.append(_row(manifest, StateReader(path)))
+        except CheckpointError as error:
+            damaged.append(f"{path.name}  DAMAGED  {error}")
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    for row in rows if len(rows) > 1 else []:
+        # Numbers to the right, the list of fields, which is last, to the left.
+        print("  ".join(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1], sep="  ")
+    print("\n".join(damaged), end="\n" if damaged else "")
+    return 1 if damaged else 0
+
+
+def _row(manifest: Manifest, reader: StateReader) -> tuple[str, ...]:
+    """The cells of a checkpoint; a fact that its manifest does not give is a question mark."""
+    samples = _fact(manifest.meta, "state", "samples_seen")
+    numel = sum(math.prod(reader.shape(name)) for name in reader.names() if "weight" in reader.fields(name))
+    return (
+        str(manifest.step),
+        f"{samples:,}" if isinstance(samples, int) else samples,
+        manifest.created,
+        _size(manifest),
+        str(_fact(manifest.meta, "config", "engine", "name")),
+        str(_fact(manifest.meta, "world_size")),
+        str(_fact(manifest.meta, "config", "engine", "precision")),
+        f"{numel:,}",
+        " ".join(reader.common_fields()),
+    )
+
+
+def _verify(paths: list[Path]) -> int:
+    found_damage = False
+    for path in paths:
+        if damage := list_damage(path):
+            found_damage = True
+            print(f"{path.name}  DAMAGED", *damage, sep="\n  ")
+        else:
+            manifest = CheckpointStore.verify(path, check_digests=False)
+            count = len(manifest.files)
+            print(f"{path.name}  verified  {_size(manifest)} in {count} file{'' if count == 1 else 's'}")
+    return 1 if found_damage else 0
+
+
+def _convert(args: argparse.Namespace, store: CheckpointStore, steps: list[int]) -> int:
+    if args.step is None:
+        found = store.latest()
+        for path, reason in found.passed_over:
+            print(f"passed over {path.name}: {reason}", file=sys.stderr)
+        if found.path is None:
+            raise CheckpointError(f"{args.run} holds no checkpoint that verifies")
+        source = found.path
+    elif args.step in steps:
+        source = store.path(args.step)
+    else:
+        raise CheckpointError(f"{args.run} holds no checkpoint of step {args.step}, only of {', '.join(map(str, steps))}")
+    convert(source, args.to, what=args.what, dtype=DTYPES.get(args.dtype), check_digests=args.step is not None)
+    print(f"wrote {args.what} of {source} to {args.to}")
+    return 0
+
+
+def _fact(meta: dict[str, Any], *keys: str) -> Any:
+    """A value of the manifest's meta by its path of keys; a question mark if it is not there."""
+    value: Any = meta
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            return "?"
+        value = value[key]
+    return value
+
+
+def _size(manifest: Manifest) -> str:
+    return f"{sum(file.bytes for file in manifest.files) / 1e6:,.1f} MB"
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ In a file, a tensor's key is ``<field>/<parameter name>``. safetensors is a JSON
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
@@ -39,16 +40,17 @@ class FileRecord(NamedTuple):
     """Lower-case hex."""
 
 
-def write_entries(folder: Path, entries: Entries, *, shard_bytes: int) -> list[FileRecord]:
+def write_entries(folder: Path, entries: Entries, *, shard_bytes: int, copy: bool = True) -> list[FileRecord]:
     """Write entries to ``state-00000.safetensors``, ``state-00001.safetensors``, ... and flush each to the disk.
 
-    Each tensor is copied to the CPU as it comes, so the stream may reuse its buffers. Host memory holds one file's tensors
-    and, while it is written, their serialized form: at most 2 * shard_bytes.
+    Each tensor is copied to the CPU as it comes, so the stream may reuse its buffers. Host memory holds one file's tensors:
+    at most shard_bytes.
 
     Args:
         folder: exists and holds none of these files.
         entries: full (not sharded) tensors of any dtype on any device.
         shard_bytes: largest size of a file; a single larger entry gets a file of its own.
+        copy: False spares the copy of what is on the CPU already, where nothing changes it before the call returns.
 
     Returns:
         One record per file. The digest is of the bytes in memory, so a disk that stores other bytes is found when reading.
@@ -62,15 +64,16 @@ def write_entries(folder: Path, entries: Entries, *, shard_bytes: int) -> list[F
     shard: dict[str, Tensor] = {}
     size = 0
     for name, fields in entries:
-        _check_entry(name, fields, names)
+        check_entry(name, fields, names)
         cost = sum(tensor.nbytes + _header_bytes(name, tensor) for tensor in fields.values())
         if shard and size + cost > shard_bytes:
             records.append(_write_shard(folder, len(records), shard))
             size = 0
         for field, tensor in fields.items():
-            shard[f"{field}/{name}"] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            host = tensor.detach().to("cpu", copy=copy, memory_format=torch.contiguous_format)
+            shard[f"{field}/{name}"] = host.contiguous()  # not copied again, but where there was no copy and it has strides
         size += cost
-        del fields, tensor  # or the device would hold this entry while the stream makes the next one
+        del fields, tensor, host  # or the device would hold this entry while the stream makes the next one
     if not shard:
         raise ValueError("there are no entries to write: the engine gave no parameters")
     records.append(_write_shard(folder, len(records), shard))
@@ -116,6 +119,19 @@ class StateReader:
             raise CheckpointError(f"checkpoint {self.folder} holds no parameter {name!r}")
         return [field for field in FIELDS if field in self._files[name]]
 
+    def common_fields(self) -> list[str]:
+        """Fields that are stored for every parameter, in the order of ``FIELDS``."""
+        return [field for field in FIELDS if all(field in stored for stored in self._files.values())]
+
+    def shape(self, name: str, field: str = "weight") -> list[int]:
+        """Shape of a tensor; its data is not read.
+
+        Raises:
+            CheckpointError: the parameter or its field is not stored.
+        """
+        shape: list[int] = self._file(name, field).get_slice(f"{field}/{name}").get_shape()
+        return shape
+
     def read(self, name: str, fields: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Read one parameter.
 
@@ -129,11 +145,73 @@ class StateReader:
         Raises:
             CheckpointError: the parameter or a field of it is not stored.
         """
-        stored = self.fields(name)
-        wanted = stored if fields is None else list(fields)
-        if missing := [field for field in wanted if field not in stored]:
-            raise CheckpointError(f"checkpoint {self.folder} holds no {missing[0]!r} of parameter {name!r}, only {stored}")
-        return {field: self._files[name][field].get_tensor(f"{field}/{name}").clone() for field in wanted}
+        wanted = self.fields(name) if fields is None else list(fields)
+        files = {field: self._file(name, field) for field in wanted}
+        return {field: file.get_tensor(f"{field}/{name}").clone() for field, file in files.items()}
+
+    def _file(self, name: str, field: str) -> Any:
+        """The open file that holds a tensor."""
+        if field not in (stored := self.fields(name)):
+            raise CheckpointError(f"checkpoint {self.folder} holds no {field!r} of parameter {name!r}, only {stored}")
+        return self._files[name][field]
+
+
+class PartialState:
+    """A checkpoint's weights, and its averages if wanted, as the state of a run whose optimizer has not done a step.
+
+    Made for :meth:`Engine.load_named_state`: moments are zeros and the count of updates is 0.
+
+    Args:
+        reader: the checkpoint.
+        mode: where the average of the new run begins: ``weights``, at the weight; ``weights+ema``, at the stored average.
+        use_ema: take the stored average as the weight.
+        keep_ema: False if the new run keeps no average; ``mode`` then makes no difference.
+
+    Raises:
+        CheckpointError: a needed field is not stored for every parameter.
+        ValueError: the mode is unknown.
+    """
+
+    def __init__(
+        self,
+        reader: StateReader,
+        *,
+        mode: Literal["weights", "weights+ema"] = "weights",
+        use_ema: bool = False,
+        keep_ema: bool = True,
+    ) -> None:
+        if mode not in ("weights", "weights+ema"):
+            raise ValueError(f"mode {mode!r} is unknown; expected 'weights' or 'weights+ema'")
+        self._reader = reader
+        self._weight = "ema" if use_ema else "weight"
+        self._ema = ("ema" if mode == "weights+ema" else self._weight) if keep_ema else None
+        for field in {self._weight, self._ema} - {None, *reader.common_fields()}:
+            lacking = [name for name in reader.names() if field not in reader.fields(name)]
+            raise CheckpointError(
+                f"checkpoint {reader.folder} holds no {field!r} of {len(lacking)} of {len(reader.names())} parameters, "
+                f"the first is {lacking[0]!r}"
+            )
+
+    def names(self) -> list[str]:
+        """Parameter names, sorted."""
+        return self._reader.names()
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """State of one parameter: CPU tensors that own their memory.
+
+        Raises:
+            CheckpointError: there is no such parameter.
+        """
+        fields = [self._weight] if self._ema is None else [self._weight, self._ema]
+        stored = self._reader.read(name, fields)
+        weight = stored[self._weight]
+        state = {
+            "weight": weight,
+            "exp_avg": torch.zeros_like(weight),
+            "exp_avg_sq": torch.zeros_like(weight),
+            "step": torch.zeros((), dtype=torch.float32),
+        }
+        return state if self._ema is None else state | {"ema": stored[self._ema].clone()}
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -150,14 +228,38 @@ def write_durably(path: Path, data: bytes) -> None:
 
 def _write_shard(folder: Path, index: int, shard: dict[str, Tensor]) -> FileRecord:
     """Write the tensors to a file and forget them."""
-    data = safetensors.torch.save(shard)
+    path = folder / f"state-{index:05d}.safetensors"
+    path.touch(exist_ok=False)
+    mode = path.stat().st_mode
+    try:
+        # Not to memory and then to the file: that holds the interpreter's lock, so training would stand still meanwhile.
+        safetensors.torch.save_file(shard, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    path.chmod(mode)  # the library makes a file that only its owner may read, whatever the umask says
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        head = file.read(8)
+        head += file.read(int.from_bytes(head, "little"))
+    digest = hashlib.sha256(head)
+    spans = json.loads(head[8:])
+    for key in sorted(shard, key=lambda key: spans[key]["data_offsets"]):
+        digest.update(shard[key].reshape(-1).view(torch.uint8).numpy().data)
     shard.clear()
-    name = f"state-{index:05d}.safetensors"
-    write_durably(folder / name, data)
-    return FileRecord(name, len(data), hashlib.sha256(data).hexdigest())
+    return FileRecord(path.name, path.stat().st_size, digest.hexdigest())
 
 
-def _check_entry(name: str, fields: Mapping[str, Tensor], names: set[str]) -> None:
+def check_entry(name: str, fields: Mapping[str, Tensor], names: set[str]) -> None:
+    """Check that an entry can be written.
+
+    Args:
+        name: of the parameter.
+        fields: its tensors.
+        names: of the parameters that came before; ``name`` is added.
+
+    Raises:
+        ValueError: the name is empty or came before, or there are no or unknown fields or a tensor that is not plain.
+    """
     if not name or name in names:
         raise ValueError(f"parameter {name!r} comes twice or has no name")
     names.add(name)

@@ -16,23 +16,20 @@ One process writes to a root at a time.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nepa_dist.checkpoint.folder import flush_folder, step_name, step_of, verify_folder, write_folder
 from nepa_dist.checkpoint.manifest import Manifest, as_json
-from nepa_dist.checkpoint.portable import CheckpointError, Entries, StateReader, write_durably, write_entries
+from nepa_dist.checkpoint.portable import CheckpointError, Entries, StateReader
 
 __all__ = ["CheckpointError", "CheckpointStore", "Found", "Manifest"]
 
-_MANIFEST = "manifest.json"
 _TEMP = ".tmp-"
 
 _log = logging.getLogger(__name__)
@@ -93,7 +90,15 @@ class CheckpointStore:
                 raise CheckpointError(f"cannot remove the leftover {self.root / name}: {error}") from error
         return leftovers
 
-    def save(self, step: int, entries: Entries, meta: Mapping[str, Any], *, expected_bytes: int | None = None) -> Path:
+    def save(
+        self,
+        step: int,
+        entries: Entries,
+        meta: Mapping[str, Any],
+        *,
+        expected_bytes: int | None = None,
+        copy: bool = True,
+    ) -> Path:
         """Save a checkpoint, then delete those that need not be kept.
 
         If the step is there already: it is kept and returned when it verifies and its ``meta`` is the same (nothing is
@@ -107,6 +112,7 @@ class CheckpointStore:
             entries: see :func:`nepa_dist.checkpoint.portable.write_entries`.
             meta: JSON values to keep in the manifest.
             expected_bytes: size of the state, if known; checked against the free space before anything is written.
+            copy: False if nothing changes the tensors before the call returns; see ``write_entries``.
 
         Returns:
             The checkpoint's folder.
@@ -117,7 +123,7 @@ class CheckpointStore:
         """
         stream = iter(entries)
         try:
-            return self._save(step, stream, meta, expected_bytes)
+            return self._save(step, stream, meta, expected_bytes, copy)
         finally:
             for _ in stream:
                 pass
@@ -143,12 +149,12 @@ class CheckpointStore:
         Raises:
             CheckpointError: the root cannot be listed.
         """
-        steps = (_step_of(name) for name in self._list())
+        steps = (step_of(name) for name in self._list())
         return sorted(step for step in steps if step is not None)
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint of a step, whether it is there or not."""
-        return self.root / _step_name(step)
+        return self.root / step_name(step)
 
     @staticmethod
     def open(path: Path, *, check_digests: bool = True) -> tuple[Manifest, StateReader]:
@@ -175,15 +181,11 @@ class CheckpointStore:
         Raises:
             CheckpointError: it is not; the message names the file and the reason.
         """
-        path = Path(path)
-        try:
-            return _verify(path, check_digests)
-        except OSError as error:
-            raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+        return verify_folder(Path(path), check_digests=check_digests)
 
-    def _save(self, step: int, stream: Entries, meta: Mapping[str, Any], expected: int | None) -> Path:
+    def _save(self, step: int, stream: Entries, meta: Mapping[str, Any], expected: int | None, copy: bool) -> Path:
         values = as_json(meta)
-        place = _Place(self.root / _step_name(step), self.root / f"{_TEMP}{_step_name(step)}-{os.getpid()}")
+        place = _Place(self.root / step_name(step), self.root / f"{_TEMP}{step_name(step)}-{os.getpid()}")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             reason = _reason_to_replace(place.final, values) if os.path.lexists(place.final) else None
@@ -192,21 +194,18 @@ class CheckpointStore:
                 return place.final
             if expected is not None and expected > shutil.disk_usage(self.root).free:
                 raise CheckpointError(self._explain(step, "there is not enough space", expected))
-            self._commit(step, stream, values, place, reason)
+            self._commit(step, stream, values, place, reason, copy)
         except OSError as error:
             raise CheckpointError(self._explain(step, str(error), expected)) from error
         self._prune(step)
         return place.final
 
-    def _commit(self, step: int, stream: Entries, meta: dict[str, Any], place: _Place, reason: str | None) -> None:
+    def _commit(self, step: int, stream: Entries, meta: dict[str, Any], place: _Place, reason: str | None, copy: bool) -> None:
         try:
             if os.path.lexists(place.temp):  # of an earlier process with the same id
                 _remove(place.temp)
             place.temp.mkdir()
-            files = write_entries(place.temp, stream, shard_bytes=self.shard_bytes)
-            manifest = Manifest(step, datetime.now(UTC).isoformat(timespec="seconds"), meta, tuple(files))
-            write_durably(place.temp / _MANIFEST, manifest.to_bytes())
-            _flush_folder(place.temp)
+            write_folder(place.temp, step, stream, meta, shard_bytes=self.shard_bytes, copy=copy)
             if reason is not None:
                 aside = self._name_aside(place.final)
                 _log.warning("checkpoint %s is replaced: %s; the old one is now %s", place.final, reason, aside)
@@ -215,7 +214,7 @@ class CheckpointStore:
         except BaseException:
             shutil.rmtree(place.temp, ignore_errors=True)
             raise
-        _flush_folder(self.root)
+        flush_folder(self.root)
 
     def _prune(self, saved: int) -> None:
         """Delete what need not be kept. A failure costs space, not the run: it is logged and tried again at the next save."""
@@ -227,10 +226,10 @@ class CheckpointStore:
         for step in steps:
             if step in keep:
                 continue
-            path, temp = self.root / _step_name(step), self.root / f"{_TEMP}deleted-{_step_name(step)}-{os.getpid()}"
+            path, temp = self.root / step_name(step), self.root / f"{_TEMP}deleted-{step_name(step)}-{os.getpid()}"
             try:
                 os.rename(path, temp)
-                _flush_folder(self.root)  # the name must be gone on the disk before any content is
+                flush_folder(self.root)  # the name must be gone on the disk before any content is
                 _remove(temp)
             except OSError as error:
                 _log.warning("cannot delete the old checkpoint %s: %s", path, error)
@@ -261,41 +260,6 @@ class CheckpointStore:
         )
 
 
-def _verify(path: Path, check_digests: bool) -> Manifest:
-    if path.is_symlink() or not path.is_dir():
-        raise CheckpointError(f"checkpoint {path} is not a folder")
-    entries = {entry.name: entry for entry in os.scandir(path)}
-    for entry in entries.values():
-        if not entry.is_file(follow_symlinks=False):
-            raise CheckpointError(f"{entry.path} is a link or a folder; a checkpoint holds plain files")
-    if _MANIFEST not in entries:
-        raise CheckpointError(f"{path / _MANIFEST} is missing")
-    try:
-        manifest = Manifest.from_bytes((path / _MANIFEST).read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path / _MANIFEST} {error}") from None
-    if _step_of(path.name) not in (None, manifest.step):
-        raise CheckpointError(f"{path / _MANIFEST} is of step {manifest.step}, not of the folder's")
-    for file in manifest.files:
-        if file.name not in entries:
-            raise CheckpointError(f"{path / file.name} is missing")
-        if (size := entries[file.name].stat(follow_symlinks=False).st_size) != file.bytes:
-            raise CheckpointError(f"{path / file.name} has {size} bytes; {file.bytes} were saved")
-    if extra := sorted(set(entries) - {_MANIFEST} - {file.name for file in manifest.files}):
-        raise CheckpointError(f"{path / extra[0]} is not part of the checkpoint")
-    if check_digests:
-        for file in manifest.files:
-            _check_digest(path / file.name, file.sha256)
-    StateReader(path)
-    return manifest
-
-
-def _check_digest(path: Path, sha256: str) -> None:
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise CheckpointError(f"{path} does not match its SHA-256: the content has changed since it was saved")
-
-
 def _reason_to_replace(path: Path, meta: dict[str, Any]) -> str:
     """Why a checkpoint must give way to a new one of the same step and ``meta``; empty if it is as good."""
     try:
@@ -304,28 +268,8 @@ def _reason_to_replace(path: Path, meta: dict[str, Any]) -> str:
         return str(error)
 
 
-def _step_name(step: int) -> str:
-    if step < 0:
-        raise ValueError(f"step {step} is negative")
-    return f"step-{step:08d}"
-
-
-def _step_of(name: str) -> int | None:
-    match = re.fullmatch(r"step-([0-9]{8,})", name)
-    return int(match[1]) if match and name == _step_name(int(match[1])) else None
-
-
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _flush_folder(path: Path) -> None:
-    """Make renames and new names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

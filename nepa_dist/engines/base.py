@@ -129,8 +129,14 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 def build_engine(task: torch.nn.Module, config: Config, plan: Plan, device: torch.device) -> Engine:
     """Place a task on ``device`` with the engine that the configuration names."""
-    from nepa_dist.engines.ddp import DDPEngine
-    from nepa_dist.engines.fsdp import FSDPEngine
+    if config.engine.name == "ddp":
+        from nepa_dist.engines.ddp import DDPEngine
 
-    engine = DDPEngine if config.engine.name == "ddp" else FSDPEngine
-    return engine(task, config, plan, device)
+        return DDPEngine(task, config, plan, device)
+    if config.engine.name in ("fsdp2", "hsdp"):
+        from nepa_dist.engines.fsdp import FSDPEngine
+
+        return FSDPEngine(task, config, plan, device)
+    from nepa_dist.engines.zero import ZeroEngine
+
+    return ZeroEngine(task, config, plan, device)

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from nepa_dist.config import Config
 from nepa_dist.engines.base import NamedStateSource, ParameterState, StepResult, check_state, copy_state, gradient_norm
-from nepa_dist.engines.native import NativeEngine, swap
+from nepa_dist.engines.native import NativeEngine, in_bf16, swap
 from nepa_dist.optim import AdamWEMA, param_groups
 from nepa_dist.plan import Plan
+
+
+class _Bf16Copy(nn.Module):
+    """Runs a module on a bf16 copy of its weights, made anew in each forward; gradients arrive at the fp32 ones."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Any:
+        return functional_call(self.module, in_bf16(dict(self.module.named_parameters())), (batch,))
 
 
 class DDPEngine(NativeEngine):
@@ -22,11 +36,13 @@ class DDPEngine(NativeEngine):
     def __init__(self, task: nn.Module, config: Config, plan: Plan, device: torch.device) -> None:
         super().__init__(task, config, plan, device)
         self._optimizer = AdamWEMA(param_groups(task.parameters(), config.optim.weight_decay), config.optim)
-        self._root = self._task
+        self._root = _Bf16Copy(self._task) if self._bf16 else self._task
         if dist.is_initialized() and dist.get_world_size() > 1:
             devices = [device] if device.type == "cuda" else None
             # Weights are equal by construction: keyed initialisation, one checkpoint.
-            self._root = DistributedDataParallel(self._task, device_ids=devices, gradient_as_bucket_view=True, init_sync=False)
+            self._root = DistributedDataParallel(self._root, device_ids=devices, gradient_as_bucket_view=True, init_sync=False)
+            if config.engine.reduce_dtype == "bf16":
+                self._root.register_comm_hook(None, bf16_compress_hook)
 
     def _average_gradients(self, enabled: bool) -> None:
         if isinstance(self._root, DistributedDataParallel):

@@ -125,7 +125,12 @@ def _mesh(config: Config, device: torch.device) -> DeviceMesh:
 
 def _shard(task: nn.Module, mesh: DeviceMesh, config: Config) -> None:
     reshard = config.engine.reshard_after_forward
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if config.engine.precision == "bf16_params" else None,
+        reduce_dtype=torch.bfloat16 if config.engine.reduce_dtype == "bf16" else torch.float32,
+        # The engine casts the batch; tables of RoPE, which are inputs of the blocks, stay in fp32.
+        cast_forward_inputs=False,
+    )
     for block in task.get_submodule("backbone.blocks").children():
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
     fully_shard(task, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nepa_dist.config import Config
 from nepa_dist.engines.base import StepResult
+from nepa_dist.engines.prepare import prepare
 from nepa_dist.optim import AdamWEMA
 from nepa_dist.plan import Plan
 
@@ -33,10 +34,12 @@ class NativeEngine(ABC):
 
     def __init__(self, task: nn.Module, config: Config, plan: Plan, device: torch.device) -> None:
         self._task = task.to(device)
+        prepare(self._task, config.engine)
         self._device = device
         self._accum = plan.grad_accum_steps
         self._clip = config.optim.clip_grad_norm
         self._autocast = config.engine.precision == "bf16_autocast"
+        self._bf16 = config.engine.precision == "bf16_params"
         self._micro = 0
 
     @abstractmethod
@@ -47,6 +50,8 @@ class NativeEngine(ABC):
         """Forward one micro-batch."""
         self._micro += 1
         self._average_gradients(self._micro == self._accum)
+        if self._bf16:
+            batch = in_bf16(batch)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast):
             loss, logs = self._root(batch)
         return loss, logs
@@ -93,6 +98,11 @@ class NativeEngine(ABC):
         self._optimizer.zero_grad(set_to_none=True)
         self._micro = 0
         return StepResult(norm, applied)
+
+
+def in_bf16(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, those of floating point in bf16."""
+    return {name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 def swap(weight: Tensor, average: Tensor) -> None:

@@ -68,7 +68,8 @@ _TABLE = (
     Metric("memory_bytes", "gauge", "bytes", "Peak memory allocated on the accelerator; on a CPU, the process's resident set."),
     # Health
     Metric("bad_samples_total", "counter", "images", "Different images that could not be read and were replaced."),
-    Metric("checkpoint_seconds", "gauge", "seconds", "Wall time of the newest checkpoint, from start to commit."),
+    Metric("checkpoint_seconds", "gauge", "seconds", "Time that writing the newest checkpoint took, beside training."),
+    Metric("checkpoint_stall_seconds", "gauge", "seconds", "Time that the loop stood still for the newest checkpoint."),
     Metric("checkpoint_failures_total", "counter", "", "Checkpoints that could not be written."),
     Metric("sink_failures_total", "counter", "", "Failed calls to this sink of the metrics.", "sink", SINKS),
     # Collapse, with n the embeddings of the global batch: see nepa_dist/metrics/collapse.py

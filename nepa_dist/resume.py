@@ -1,0 +1,140 @@
+"""Where a run begins: at its own newest checkpoint that verifies, at another run's, or at random weights.
+
+What happens is decided by what the run folder holds. A checkpoint that does not fit is refused with every difference listed;
+``checkpoint.allow`` (``--allow``) names what may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from nepa_dist.checkpoint.portable import CheckpointError, PartialState, StateReader
+from nepa_dist.checkpoint.store import CheckpointStore
+from nepa_dist.config import ConfigError, changed_keys, may_differ
+from nepa_dist.data.augment import AUGMENT_VERSION
+from nepa_dist.run import Run
+from nepa_dist.run_folder import count_starts
+from nepa_dist.state import TrainState
+
+
+def begin(run: Run) -> list[str]:
+    """Bring weights, optimizer and counters to where the run begins. A collective.
+
+    Args:
+        run: its engine, and its state, are changed.
+
+    Returns:
+        Sentences about what was found, on the main rank.
+
+    Raises:
+        ConfigError: the checkpoint belongs to other settings or other data (every difference is listed), or none that the run
+            should begin with can be used.
+    """
+    notes: list[str] = []
+    path: Path | None = None
+    if run.world.is_main:
+        notes += [f"removed the leftover {name} of an interrupted save" for name in run.store.sweep()]
+        path = _newest(run.store, notes, "move the folder away to start over")
+        run.state.restarts = count_starts(run.config.run_dir)
+    path = run.world.gather(path)[0]
+    if path is not None:
+        return [*notes, *_continue(run, path)]
+    if run.config.init.path is not None:
+        return [*notes, *_start_from(run, Path(run.config.init.path))]
+    return notes
+
+
+def _continue(run: Run, path: Path) -> list[str]:
+    # Rank 0 has just read every byte to verify it; the others need not.
+    manifest, reader = run.store.open(path, check_digests=False)
+    _refuse_other_settings(run, path, manifest.meta)
+    run.engine.load_named_state(reader)
+    run.state = replace(TrainState.from_dict(manifest.meta["state"]), restarts=run.state.restarts)
+    return [f"continuing from {path}, step {run.state.step}"]
+
+
+def _start_from(run: Run, source: Path) -> list[str]:
+    """Begin a new run with what ``init`` names."""
+    what = run.config.init.load
+    notes: list[str] = []
+    path: Path | None = None
+    if run.world.is_main:
+        path = _find(source, notes)
+    path = run.world.gather(path)[0]
+    assert path is not None
+    manifest, reader = run.store.open(path, check_digests=False)
+    if what == "everything":
+        _refuse_other_settings(run, path, manifest.meta)
+        run.engine.load_named_state(reader)
+        run.state = replace(TrainState.from_dict(manifest.meta["state"]), restarts=run.state.restarts)
+    else:
+        _refuse_other_model(run, path, manifest.meta)
+        run.engine.load_named_state(_partial(reader, what, keep_ema=run.config.optim.ema_decay is not None))
+    return [*notes, f"starting with the {what} of {path}, step {manifest.step}"]
+
+
+def _partial(reader: StateReader, what: Literal["weights", "ema", "weights+ema"], *, keep_ema: bool) -> PartialState:
+    try:
+        mode: Literal["weights", "weights+ema"] = "weights+ema" if what == "weights+ema" else "weights"
+        return PartialState(reader, mode=mode, use_ema=what == "ema", keep_ema=keep_ema)
+    except CheckpointError as error:
+        raise ConfigError([f"init.load {what}: {error}"]) from None
+
+
+def _find(source: Path, notes: list[str]) -> Path:
+    """The checkpoint that ``init.path`` means: a folder of one, or the newest that verifies of a run."""
+    if (source / "manifest.json").exists():
+        try:
+            CheckpointStore.verify(source)
+        except CheckpointError as error:
+            raise ConfigError([f"init.path: {error}"]) from None
+        return source
+    path = _newest(CheckpointStore(source / "checkpoints"), notes, "choose another init.path")
+    if path is None:
+        raise ConfigError([f"init.path {source} is neither a checkpoint nor a run that has one"])
+    return path
+
+
+def _newest(store: CheckpointStore, notes: list[str], advice: str) -> Path | None:
+    try:
+        found = store.latest()
+    except CheckpointError as error:
+        raise ConfigError([str(error)]) from None
+    passed_over = [f"passed over the damaged checkpoint {bad}: {reason}" for bad, reason in found.passed_over]
+    notes += passed_over
+    if found.path is None and passed_over:
+        raise ConfigError([f"no checkpoint verifies; {advice}", *passed_over])
+    return found.path
+
+
+def _refuse_other_settings(run: Run, path: Path, meta: Mapping[str, Any]) -> None:
+    config = run.config
+    changed = changed_keys(meta["config"], config)
+    if run.config.run_dir.absolute() not in path.absolute().parents:  # another run's: how that one began does not matter
+        changed = [item for item in changed if not item[0].startswith("init.")]
+    problems = [f"{key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in changed]
+    if meta["augment_version"] != AUGMENT_VERSION and not may_differ("data.augment", config):
+        problems.append(f"data.augment: version {meta['augment_version']} in the checkpoint, {AUGMENT_VERSION} in this code")
+    if meta["data_fingerprint"] != run.container.fingerprint and not may_differ("data.source", config):
+        problems.append(f"data.source: {config.data.source} holds other images than those the run began with")
+    if problems:
+        advice = (
+            "use another --name, or the settings it was made with (a config.yaml edited by hand can be removed), "
+            "or say with --allow KEY what may differ"
+        )
+        raise ConfigError([f"{path} does not fit this run; {advice}", *problems])
+
+
+def _refuse_other_model(run: Run, path: Path, meta: Mapping[str, Any]) -> None:
+    """Weights alone need the same model; where they were trained, and how, does not matter."""
+    changed = [item for item in changed_keys(meta["config"], run.config) if item[0].startswith("model.")]
+    # What draws nothing and holds no weight may differ: the size of images (RoPE takes any), rates of drop-out, first values.
+    free = {f"model.{name}" for name in ("preset", "image_size", "drop_path", "rope_rescale", "layer_scale_init", "init_std")}
+    if not run.config.model.rope:
+        free.discard("model.image_size")
+    problems = [f"{key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in changed if key not in free]
+    if problems:
+        raise ConfigError([f"init.path: {path} holds another model", *problems])

@@ -1,0 +1,74 @@
+"""Starting from another run's weights, and going on with changed settings only where that is allowed."""
+
+import pytest
+
+from nepa_dist.checkpoint.store import CheckpointStore
+from test_train import curve, images, run, weights  # noqa: F401 - a fixture among them
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):  # noqa: F811
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    result = run(run_dir, images, "steps=8")
+    assert result.returncode == 0, result.stderr
+    return run_dir
+
+
+def start_from(trained, run_dir, images, what, *settings):  # noqa: F811
+    return run(run_dir, images, "steps=8", *settings, options=["--init", str(trained), "--load", what])
+
+
+@pytest.mark.parametrize(
+    ("what", "weight", "average"),
+    [("weights", "weight", "weight"), ("ema", "ema", "ema"), ("weights+ema", "weight", "ema")],
+)
+def test_a_run_starts_with_the_weights_of_another(images, trained, tmp_path, what, weight, average):  # noqa: F811
+    # With a learning rate of 0 nothing but the averages moves; they move towards the weights.
+    frozen = ("optim.base_lr=0", "optim.weight_decay=0", "optim.ema_decay=0.999999", "checkpoint.every=1", "steps=1")
+    result = run(tmp_path / "run", images, *frozen, options=["--init", str(trained), "--load", what])
+    assert result.returncode == 0, result.stderr
+    assert f"starting with the {what} of {trained}" in (tmp_path / "run/log.txt").read_text()
+    (_, source), (step, state) = weights(trained), weights(tmp_path / "run")
+    assert step == 1
+    for name, fields in state.items():
+        assert fields["weight"].equal(source[name][weight]), name
+        assert fields["step"] == 1
+    if average == weight:
+        assert all(fields["ema"].equal(fields["weight"]) for fields in state.values())
+
+
+def test_everything_forks_a_run(images, trained, tmp_path):  # noqa: F811
+    middle = CheckpointStore(trained / "checkpoints").path(4)
+    result = start_from(middle, tmp_path / "fork", images, "everything")
+    assert result.returncode == 0, result.stderr
+    assert curve(tmp_path / "fork") == curve(trained)[4:]
+    result = start_from(middle, tmp_path / "other", images, "everything", "optim.weight_decay=0.1")
+    assert result.returncode == 2
+    assert "optim.weight_decay: 0.05 in the checkpoint, 0.1 now" in result.stderr
+
+
+def test_weights_of_another_model_are_refused_with_every_difference(images, trained, tmp_path):  # noqa: F811
+    result = start_from(trained, tmp_path / "run", images, "weights", "model.depth=3", "model.qk_norm_affine=true")
+    assert result.returncode == 2
+    assert "model.depth: 2 in the checkpoint, 3 now" in result.stderr
+    assert "model.qk_norm_affine: False in the checkpoint, True now" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_start_that_is_not_there_is_refused(images, tmp_path):  # noqa: F811
+    (tmp_path / "empty").mkdir()
+    result = start_from(tmp_path / "empty", tmp_path / "run", images, "weights")
+    assert result.returncode == 2
+    assert f"init.path {tmp_path / 'empty'} is neither a checkpoint nor a run that has one" in result.stderr
+
+
+def test_what_is_allowed_may_differ(images, tmp_path):  # noqa: F811
+    assert run(tmp_path / "run", images, "steps=8").returncode == 0
+    changed = ("steps=10", "optim.weight_decay=0.1")
+    refused = run(tmp_path / "run", images, *changed, options=["--allow", "steps"])
+    assert refused.returncode == 2
+    assert "optim.weight_decay: 0.05 -> 0.1" in refused.stderr
+    assert "steps: 8 -> 10" not in refused.stderr
+    result = run(tmp_path / "run", images, *changed, options=["--allow", "steps", "--allow", "optim"])
+    assert result.returncode == 0, result.stderr
+    assert [step for step, _, _ in curve(tmp_path / "run")] == list(range(1, 11))
