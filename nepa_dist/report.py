@@ -1,23 +1,15 @@
-"""What a run will cost, from formulas alone: parameters, operations, steps, memory. Imports no torch; printed by ``--dry-run``.
-
-Memory of activations: 22 D + 6 H bytes per token and block with a gated MLP, 22 D + 4 H with a plain one, for bf16 without
-compilation or activation checkpointing and with an attention that stores no T x T matrix; twice that in fp32. A rough count
-of what autograd keeps: an estimate.
-
-Legend: D width, H hidden width of the MLP, T tokens.
-"""
+"""What a run will cost, from formulas alone: parameters, operations, steps, memory. Imports no torch; printed by ``--dry-run``."""
 
 from __future__ import annotations
 
 from nepa_dist import presets
 from nepa_dist.config import Config
+from nepa_dist.memory import activation_bytes, state_bytes
 from nepa_dist.plan import Plan, make_plan
 
 ASSUMED_PEAK_FLOPS = 989e12
 """Dense bf16 operations per second of an H100 or H200 (NVIDIA's data sheet)."""
 ASSUMED_UTILISATION = 0.4
-STATES = (("weights", 1), ("gradients", 1), ("Adam moments", 2), ("EMA", 1))
-"""What is held per parameter, in fp32 numbers; sharded engines divide it over ``Config.state_shards`` ranks."""
 
 
 def build_report(config: Config, num_samples: int | None, note: str = "") -> str:
@@ -39,7 +31,7 @@ def build_report(config: Config, num_samples: int | None, note: str = "") -> str
     sections = [
         ("Model", _model_rows(config, plan)),
         ("Schedule", _schedule_rows(config, plan, num_samples, steps, note)),
-        ("Memory per rank (estimate)", _memory_rows(config, plan)),
+        (f"Memory per rank, engine {config.engine.name} (estimate)", _memory_rows(config, plan)),
         ("Whole run", _total_rows(config, plan, steps)),
     ]
     width = 2 + max(len(label) for _, rows in sections for label, _ in rows)
@@ -47,13 +39,6 @@ def build_report(config: Config, num_samples: int | None, note: str = "") -> str
     for title, rows in sections:
         lines += [title, *(f"  {label:<{width}}{value}" for label, value in rows), ""]
     return "\n".join([*lines, "Configuration", config.to_yaml()])
-
-
-def activation_bytes(config: Config, num_tokens: int) -> int:
-    """Estimated bytes of activations that one image keeps for the backward pass (formula in the module docstring)."""
-    model = config.model
-    per_token = 22 * model.embed_dim + (6 if model.gated_mlp else 4) * model.mlp_hidden_dim_
-    return per_token * num_tokens * model.depth * (2 if config.engine.precision == "fp32" else 1)
 
 
 def _model_rows(config: Config, plan: Plan) -> list[tuple[str, str]]:
@@ -100,16 +85,16 @@ def _unknown_warmup(config: Config) -> str:
 
 
 def _memory_rows(config: Config, plan: Plan) -> list[tuple[str, str]]:
-    parameters = presets.num_parameters(config.model)
-    kept = [(name, count) for name, count in STATES if name != "EMA" or config.optim.ema_decay is not None]
-    states = [(name, 4 * parameters * count // config.state_shards) for name, count in kept]
+    states = state_bytes(config)
     activations = plan.micro_batch_size * activation_bytes(config, plan.num_tokens)
-    total = sum(size for _, size in states) + activations
-    how = f"{plan.micro_batch_size} images, {config.engine.precision}, not compiled"
+    engine = config.engine
+    how = f"{plan.micro_batch_size} images, {engine.precision}, {'' if engine.compile else 'not '}compiled"
+    if engine.activation_checkpointing != "none":
+        how += f", {engine.activation_checkpointing} checkpointing"
     return [
-        *((name, _si(size, "B")) for name, size in states),
+        *((name, _si(size, "B")) for name, size in states.items()),
         ("activations", f"{_si(activations, 'B')} ({how})"),
-        ("sum", f"{_si(total, 'B')}, without buffers of libraries and of the allocator"),
+        ("sum", f"{_si(sum(states.values()) + activations, 'B')}, without buffers of libraries and of the allocator"),
     ]
 
 

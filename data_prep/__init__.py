@@ -1,0 +1,1 @@
+"""Prepare a dataset once for a cluster: plan, write, verify, stage."""

@@ -1,0 +1,68 @@
+"""Memory of one rank by formula: what training keeps from step to step, and what backward needs. Imports no torch.
+
+State, with P parameters of 4 bytes, S = ``Config.state_shards`` and W the world size, in bytes:
+
+=========  ==============  =======================  ==============  ================
+engine     weights         fp32 weights of DeepSpeed  gradients       moments, average
+=========  ==============  =======================  ==============  ================
+ddp        4P              -                        4P              8P, 4P
+fsdp2      4P / S          -                        4P / S          8P / S, 4P / S
+hsdp       4P / S          -                        4P / S          8P / S, 4P / S
+zero1      4P (bf16: 2P)   4P / W                   8P (bf16: 4P)   8P / W, 4P / W
+zero2      4P (bf16: 2P)   4P / W                   4P / W          8P / W, 4P / W
+zero3      as zero2, / W   4P / W                   4P / W + bucket 8P / W, 4P / W
+=========  ==============  =======================  ==============  ================
+
+``bf16`` means precision ``bf16_params``; with ddp its copy of 2P lives during forward and backward, with fsdp2 that of a block.
+zero3 keeps a bucket of ``BUCKET_NUMEL`` numbers. ``tests/test_memory.py`` compares these with the tensors that are really held.
+
+Activations: 22 D + 6 H bytes per token and block with a gated MLP, 22 D + 4 H with a plain one, for bf16 and an attention that
+stores no T x T matrix; compiled 16 D + 4 H (16 D + 2 H); selective checkpointing keeps 14 D + 4 H (14 D + 2 H), full 2 D and
+one block whole. Twice that in fp32. A rough count of what autograd keeps: an estimate.
+
+Legend: D width, H hidden width of the MLP, T tokens.
+"""
+
+from __future__ import annotations
+
+from nepa_dist import presets
+from nepa_dist.config import Config
+
+BUCKET_NUMEL = 50_000_000
+"""DeepSpeed reduces gradients in buckets of this many numbers."""
+
+
+def state_bytes(config: Config) -> dict[str, int]:
+    """Bytes that one rank holds for weights, gradients, moments and average, by what they are."""
+    engine, P = config.engine, presets.num_parameters(config.model)
+    low = engine.precision == "bf16_params"
+    zero = engine.name.startswith("zero")
+    optimizer_shards = config.cluster.world_size if zero else config.state_shards
+    weights = (2 if zero and low else 4) * P // config.state_shards
+    gradients = 4 * P // config.state_shards
+    if engine.name == "zero1":
+        gradients = (4 if low else 8) * P
+    elif engine.name == "zero2":
+        gradients = 4 * P // optimizer_shards
+    rows = {"weights": weights}
+    if zero:
+        rows["fp32 weights of the optimizer"] = 4 * P // optimizer_shards
+    elif low and engine.name == "ddp":
+        rows["bf16 copy of the weights"] = 2 * P
+    rows |= {"gradients": gradients, "Adam moments": 8 * P // optimizer_shards}
+    if config.optim.ema_decay is not None:
+        rows["EMA"] = 4 * P // optimizer_shards
+    if engine.name == "zero3":
+        rows["bucket of gradients"] = 4 * min(P, BUCKET_NUMEL)
+    return rows
+
+
+def activation_bytes(config: Config, num_tokens: int) -> int:
+    """Estimated bytes of activations that one image keeps for the backward pass (formula in the module docstring)."""
+    model, engine = config.model, config.engine
+    D, H = model.embed_dim, model.mlp_hidden_dim_
+    gate = 2 if model.gated_mlp else 1
+    whole = 16 * D + 2 * gate * H if engine.compile else 22 * D + (2 + 2 * gate) * H
+    per_block = {"none": whole, "selective": min(whole, 14 * D + 2 * gate * H), "full": 2 * D}[engine.activation_checkpointing]
+    once = whole if engine.activation_checkpointing == "full" else 0
+    return (per_block * model.depth + once) * num_tokens * (2 if engine.precision == "fp32" else 1)

@@ -1,0 +1,72 @@
+"""The memory that a dry run predicts for weights, gradients and optimizer is what an engine really holds."""
+
+import gc
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nepa_dist.config import Config
+from nepa_dist.engines.base import build_engine
+from nepa_dist.memory import state_bytes
+from nepa_dist.plan import make_plan
+from nepa_dist.tasks.pretrain import PretrainTask
+from spawn import run_ranks
+
+MODEL = {"image_size": 32, "patch_size": 8, "embed_dim": 256, "depth": 3, "num_heads": 4}
+CASES = [
+    ("ddp", 1, {}),
+    ("ddp", 2, {"precision": "bf16_params"}),
+    ("fsdp2", 2, {}),
+    ("hsdp", 4, {"shard_size": 2}),
+    *((f"zero{stage}", 2, {"precision": precision}) for stage in (1, 2, 3) for precision in ("fp32", "bf16_params")),
+]
+
+
+def held_bytes() -> int:
+    """Bytes of all storages that a living tensor points to, each once."""
+    gc.collect()
+    storages = {}
+    for tensor in [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]:
+        for part in (tensor, tensor.grad if tensor.is_leaf else None):
+            if type(part) in (torch.Tensor, torch.nn.Parameter):
+                storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def measure(name, options):
+    """Held between the last backward and the update, in the second step."""
+    ranks = dist.get_world_size()
+    config = Config.model_validate(
+        {
+            "model": MODEL,
+            "steps": 2,
+            "global_batch_size": 2 * ranks,
+            "micro_batch_size": 1,
+            "engine": {"name": name, "precision": "fp32", **options},
+            "cluster": {"gpus_per_node": ranks},
+        }
+    )
+    before = held_bytes()
+    task = PretrainTask(config.model, config.objective, seed=0)
+    engine = build_engine(task, config, make_plan(config, 10), torch.device("cpu"))
+    for step in range(2):
+        task.begin_step(step, observe=False)
+        for last in (False, True):
+            loss, logs = engine.model({"images": torch.zeros(1, 3, 32, 32)})
+            engine.backward(loss, last=last)
+            del loss, logs
+        if step == 0:
+            engine.step()
+    held = held_bytes() - before
+    engine.step()
+    engine.close()
+    predicted = state_bytes(config)
+    predicted.pop("bf16 copy of the weights", None)  # lives during forward and backward only
+    return held, sum(predicted.values())
+
+
+@pytest.mark.parametrize(("name", "ranks", "options"), CASES)
+def test_predicted_state_is_what_is_held(name, ranks, options):
+    for held, predicted in run_ranks(measure, ranks, name, options):
+        assert held == pytest.approx(predicted, rel=0.1)
