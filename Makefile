@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. Each first makes .venv if need be (`make setup`), which asks for Python >= 3.11 and nothing else.
+# make demo | test | test-slow | lint | clean. Each first makes .venv if need be (`make setup`), which asks for Python >= 3.11 and nothing else.
 #
 # PYTHON=python3.12   the interpreter that .venv is made with
 # ARGS="-k order"     more arguments for pytest
@@ -19,7 +19,7 @@ STAMP := $(VENV)/.setup-$(shell { pwd; echo $(FFCV); cat pyproject.toml constrai
 PIP_INSTALL := $(RUN) -m pip install --quiet --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-slow lint clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -47,6 +47,9 @@ demo: setup
 
 test: setup
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(ARGS)
+
+test-slow: setup
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow $(ARGS)
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -274,7 +274,7 @@ def init_weights(module: nn.Module, seed: int, *, std: float) -> None:
     """Initialise in place: weights and tokens normal(0, std) truncated at +-2, biases 0, norms 1, LayerScale its value.
 
     Args:
-        module: any module built from the parts of this file and torch's Linear, Conv2d and LayerNorm.
+        module: any module built from the parts of this file and torch's Linear, convolutions, LayerNorm and GroupNorm.
         seed: the stream of a parameter is keyed by (seed, its name in this module).
         std: of the truncated normal; the cut is absolute (released code), so for 0.02 it is plain normal.
     """
@@ -284,7 +284,7 @@ def init_weights(module: nn.Module, seed: int, *, std: float) -> None:
             with torch.no_grad():
                 if isinstance(part, LayerScale):
                     parameter.fill_(part.init)
-                elif isinstance(part, nn.LayerNorm):
+                elif isinstance(part, (nn.LayerNorm, nn.GroupNorm)):
                     parameter.fill_(1.0 if name == "weight" else 0.0)
                 elif name == "bias":
                     parameter.zero_()

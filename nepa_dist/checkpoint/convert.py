@@ -82,7 +82,7 @@ def _check_fields(reader: StateReader, fields: list[str]) -> None:
 def _select(reader: StateReader, fields: list[str], dtype: torch.dtype | None) -> Iterator[tuple[str, dict[str, Tensor]]]:
     for name in reader.names():
         state = reader.read(name, [field for field in reader.fields(name) if field in fields])
-        yield name, {field: tensor if field == "step" else tensor.to(dtype) for field, tensor in state.items()}
+        yield name, {field: tensor if field == "step" else tensor.to(dtype or tensor.dtype) for field, tensor in state.items()}
 
 
 def _write_model(

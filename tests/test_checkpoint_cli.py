@@ -1,0 +1,225 @@
+"""The commands ``inspect``, ``verify`` and ``convert`` on the checkpoints of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from nepa_dist.checkpoint.__main__ import main
+from nepa_dist.checkpoint.convert import convert
+from nepa_dist.checkpoint.store import CheckpointError, CheckpointStore
+
+CONFIG = {"engine": {"name": "fsdp2", "precision": "bf16_autocast"}, "model": {"depth": 2}}
+
+
+def save(run: Path, step: int, *, ema: bool = True, shard_bytes: int = 1 << 30) -> Path:
+    """A checkpoint as a run makes it: weights are ``step``, averages ``step + 0.5``, and 1 / 3 in one place."""
+    entries = []
+    for name, shape in (("backbone.norm.weight", (8,)), ("head.linear.weight", (10, 8))):
+        weight = torch.full(shape, float(step))
+        weight.view(-1)[0] = 1 / 3
+        fields = {"weight": weight, "exp_avg": weight * 2, "exp_avg_sq": weight * 3, "step": torch.tensor(1001.0)}
+        entries.append((name, fields | ({"ema": weight + 0.5} if ema else {})))
+    meta: dict[str, Any] = {"state": {"samples_seen": step * 4096}, "config": CONFIG, "config_digest": "abc", "world_size": 4}
+    return CheckpointStore(run / "checkpoints", keep_last=9, shard_bytes=shard_bytes).save(step, entries, meta)
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+def test_inspect_is_a_table_of_facts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 1000, ema=False)
+    assert main(["inspect", str(tmp_path)]) == 0
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split() == ["step", "samples", "created", "size", "engine", "ranks", "precision", "parameters", "fields"]
+    step, samples, _, size, unit, *rest = first.split()
+    assert (step, samples, size, unit) == ("1", "4,096", "0.0", "MB")
+    assert rest == ["fsdp2", "4", "bf16_autocast", "88", "weight", "exp_avg", "exp_avg_sq", "ema", "step"]
+    assert second.split()[:2] == ["1000", "4,096,000"]
+    assert second.split()[-4:] == ["weight", "exp_avg", "exp_avg_sq", "step"]
+    assert head.index("fields") == first.index("weight") == second.index("weight")
+
+
+def test_inspect_names_what_is_missing_and_shows_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 1)
+    (save(tmp_path, 2) / "state-00000.safetensors").unlink()
+    CheckpointStore(tmp_path / "checkpoints").save(3, [("a", {"weight": torch.zeros(3)})], {})
+    assert main(["inspect", str(tmp_path)]) == 1
+    _, first, third, second = capsys.readouterr().out.splitlines()
+    assert first.split()[0] == "1"
+    assert third.split()[:2] == ["3", "?"], "a fact that the manifest does not give"
+    assert second.startswith("step-00000002  DAMAGED")
+    assert second.endswith("state-00000.safetensors is missing")
+
+
+def test_verify_names_each_damaged_file_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 1, shard_bytes=100)
+    path = save(tmp_path, 2, shard_bytes=100)
+    assert main(["verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "step-00000001  verified  0.0 MB in 2 files"
+    flip_a_bit(path / "state-00000.safetensors")
+    assert main(["inspect", str(tmp_path)]) == 0, "headers and sizes are right"
+    (path / "state-00001.safetensors").write_bytes(b"")
+    (path / "state-00002.safetensors").symlink_to(path / "state-00000.safetensors")
+    (path / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path)]) == 1
+    intact, damaged, *reasons = capsys.readouterr().out.splitlines()
+    assert intact.startswith("step-00000001  verified")
+    assert damaged == "step-00000002  DAMAGED"
+    found = [reason.strip().removeprefix(f"{path}/") for reason in reasons]
+    assert [reason.split(";")[0].split(":")[0] for reason in found] == [
+        "notes.txt is not part of the checkpoint",
+        "state-00001.safetensors has 0 bytes",
+        "state-00002.safetensors is a link or a folder",
+        "state-00000.safetensors does not match its SHA-256",
+    ]
+
+
+def test_verify_names_a_damaged_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip_a_bit(save(tmp_path, 1) / "manifest.json")
+    assert main(["verify", str(tmp_path)]) == 1
+    assert "manifest.json" in capsys.readouterr().out.splitlines()[1]
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "content"), [("weights", 20.0, "weights"), ("ema", 20.5, "moving average of the weights")]
+)
+def test_convert_to_plain_weights(tmp_path: Path, what: str, value: float, content: str) -> None:
+    save(tmp_path, 10)
+    path = save(tmp_path, 20)
+    target = tmp_path / "new" / "model"
+    assert main(["convert", str(tmp_path), "--to", str(target), "--what", what]) == 0
+    assert sorted(os.listdir(target)) == ["config.json", "model.safetensors"]
+    assert os.listdir(target.parent) == ["model"]
+    tensors = load_file(target / "model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        "backbone.norm.weight": (8,),
+        "head.linear.weight": (10, 8),
+    }
+    assert all(tensor.dtype == torch.float32 and tensor.view(-1)[1:].eq(value).all() for tensor in tensors.values())
+    with safe_open(target / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {
+            "format": "pt",
+            "content": content,
+            "step": "20",
+            "config_digest": "abc",
+            "source": str(path),
+        }
+    assert json.loads((target / "config.json").read_text()) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("what", "fields"),
+    [("weights+ema", ["weight", "ema"]), ("all", ["weight", "exp_avg", "exp_avg_sq", "ema", "step"])],
+)
+@pytest.mark.parametrize("dtype", [None, "fp32", "bf16"])
+def test_convert_to_a_checkpoint(tmp_path: Path, what: str, fields: list[str], dtype: str | None) -> None:
+    source = save(tmp_path, 10)
+    target = tmp_path / "new"
+    options = [] if dtype is None else ["--dtype", dtype]
+    assert main(["convert", str(tmp_path), "--to", str(target), "--what", what, "--step", "10", *options]) == 0
+    manifest, reader = CheckpointStore.open(target)
+    old, old_reader = CheckpointStore.open(source)
+    assert manifest.step == 10
+    assert manifest.meta.pop("converted")["what"] == what
+    assert manifest.meta == old.meta
+    assert reader.names() == old_reader.names()
+    wanted = torch.bfloat16 if dtype == "bf16" else torch.float32
+    for name in reader.names():
+        assert reader.fields(name) == fields
+        state = old_reader.read(name)
+        for field, tensor in reader.read(name).items():
+            # 1001 updates have no bf16 form.
+            expected = state[field] if field == "step" else state[field].to(wanted)
+            assert tensor.dtype == expected.dtype
+            assert tensor.equal(expected)
+
+
+def test_convert_to_bf16_rounds(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    assert main(["convert", str(tmp_path), "--to", str(tmp_path / "new"), "--dtype", "bf16"]) == 0
+    weight = load_file(tmp_path / "new" / "model.safetensors")["head.linear.weight"]
+    assert weight.dtype == torch.bfloat16
+    assert weight[0, 0] == torch.tensor(1 / 3).bfloat16()
+
+
+def test_convert_reads_only_what_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 10)
+    newest = save(tmp_path, 20)
+    flip_a_bit(newest / "state-00000.safetensors")
+    new = tmp_path / "new"
+    assert main(["convert", str(tmp_path), "--to", str(new), "--step", "20"]) == 2
+    assert "does not match its SHA-256" in capsys.readouterr().err
+    assert not new.exists()
+    assert main(["convert", str(tmp_path), "--to", str(new)]) == 0
+    assert "passed over step-00000020" in capsys.readouterr().err
+    assert load_file(new / "model.safetensors")["head.linear.weight"][0, 1] == 10.0
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000010")
+    assert main(["convert", str(tmp_path), "--to", str(tmp_path / "other")]) == 2
+    assert "holds no checkpoint that verifies" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "{tmp}/absent"], "absent is not the folder of a run"),
+        (["verify", "{tmp}/empty"], "empty holds no checkpoint"),
+        (["convert", "{tmp}/empty", "--to", "{tmp}/new"], "empty holds no checkpoint"),
+        (["convert", "{tmp}/run", "--to", "{tmp}/new", "--step", "15"], "run holds no checkpoint of step 15, only of 10, 20"),
+        (
+            ["convert", "{tmp}/run", "--to", "{tmp}/new", "--what", "ema"],
+            "step-00000020 holds no 'ema' for every parameter, only",
+        ),
+        (["convert", "{tmp}/run", "--to", "{tmp}/new", "--what", "weights+ema"], "holds no 'ema'"),
+        (["convert", "{tmp}/run", "--to", "{tmp}/empty"], "empty exists; name a new folder"),
+        (["convert", "{tmp}/run", "--to", "{tmp}/file/new"], "new cannot be written"),
+        (["convert", "{tmp}/run", "--to", "{tmp}/step-00000003", "--what", "all"], "a name for another step than 20"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    save(tmp_path / "run", 10)
+    save(tmp_path / "run", 20, ema=False)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    before = sorted(os.listdir(tmp_path))
+    assert main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
+    output = capsys.readouterr()
+    [line] = output.err.splitlines()
+    assert message in line
+    assert output.out == ""
+    assert sorted(os.listdir(tmp_path)) == before, "nothing is left behind"
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path, 10)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for what in ("weights", "all"):
+        with pytest.raises(CheckpointError, match=r"new cannot be written: .*No space left"):
+            convert(path, tmp_path / "new", what=what)
+    assert os.listdir(tmp_path) == ["checkpoints"]
+
+
+def test_weights_need_the_configuration_of_a_run(tmp_path: Path) -> None:
+    path = CheckpointStore(tmp_path).save(1, [("a", {"weight": torch.zeros(3)})], {})
+    with pytest.raises(CheckpointError, match="no training run has saved it"):
+        convert(path, tmp_path / "new", what="weights")
+    assert os.listdir(tmp_path) == ["step-00000001"]
