@@ -1,4 +1,4 @@
-"""Where sample i is: a folder of images or the embedded digits. A container knows nothing of order, rank or epoch."""
+"""Where sample i is: a folder, a prepared split, the embedded digits. A container knows nothing of order, rank or epoch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from nepa_dist.data.index import MANIFEST
+
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 """Endings of image files, in any case."""
 
@@ -22,6 +24,7 @@ DIGITS = "digits"
 """The source that names the embedded data set. A folder of that name is reached as ``./digits``."""
 
 _SUFFIXES = tuple(f".{extension}".encode() for extension in EXTENSIONS)
+_SHARDS = (b".tar", b".mds", b".beton")
 _LAYOUT = "expected FOLDER/train/<class>/* and FOLDER/val/<class>/*"
 
 
@@ -61,13 +64,22 @@ class Container(Protocol):
         """What to call a sample in a message: a path or an id."""
 
 
-def open_container(source: str | None, split: Literal["train", "val"], *, image_size: int) -> Container:
+def open_container(
+    source: str | None,
+    split: Literal["train", "val"],
+    *,
+    image_size: int,
+    cache_dir: Path | None = None,
+    cache_bytes: int | None = None,
+) -> Container:
     """Open one split of a data set.
 
     Args:
-        source: ``digits``, or a folder that holds ``train`` and ``val``, or (for the train split) the images themselves.
+        source: ``digits``, or a folder that holds ``train`` and ``val``, or (for the train split) the images themselves; the
+            parts may be prepared splits, and then a URL that holds them will do as well.
         split: which part.
         image_size: pixels, the side at which embedded scenes are drawn; folders do not use it.
+        cache_dir, cache_bytes: of what comes from a URL, see :class:`nepa_dist.data.remote.RemoteContainer`.
 
     Raises:
         DataError: source is None, is no folder, has another layout, cannot be read or holds no images.
@@ -78,7 +90,17 @@ def open_container(source: str | None, split: Literal["train", "val"], *, image_
         from nepa_dist.data.digits import DigitScenes  # it imports Sample from here
 
         return DigitScenes(split, image_size)
+    if "://" in source:
+        from nepa_dist.data.remote import RemoteContainer
+
+        return RemoteContainer(f"{source.rstrip('/')}/{split}", cache_dir=cache_dir, cache_bytes=cache_bytes)
     root = _existing_folder(source)
+    if os.path.isfile(root / split / MANIFEST):
+        from nepa_dist.data.prepared import PreparedContainer
+
+        return PreparedContainer(root / split)
+    for folder in (root / split, root):
+        _refuse_shards(folder, source)
     parts = [name for name in ("train", "val") if os.path.isdir(root / name)]
     if split in parts:
         return FolderContainer(root / split, split, class_roots=[root / part for part in parts])
@@ -87,6 +109,21 @@ def open_container(source: str | None, split: Literal["train", "val"], *, image_
     if split == "val":
         raise DataError(f"{root} has no val/ folder, so there is no validation split: {_LAYOUT}")
     return FolderContainer(root, split)
+
+
+def _refuse_shards(folder: Path, source: str) -> None:
+    """Raise DataError for a folder of shards that is no prepared split. Archives beside folders or images are none."""
+    try:
+        with os.scandir(folder) as found:
+            entries = [entry for entry in found if not entry.name.startswith(".")]
+    except OSError:
+        return  # it is missing, or whoever reads it next will say why it cannot be read
+    names = [os.fsencode(entry.name).lower() for entry in entries]
+    if MANIFEST.encode() in names:
+        raise DataError(f"{folder} is one prepared split: name the folder that holds it, {folder.absolute().parent}")
+    shards = [entry.name for entry, name in zip(entries, names, strict=True) if name.endswith(_SHARDS)]
+    if shards and not any(os.path.isdir(e.path) or n.endswith(_SUFFIXES) for e, n in zip(entries, names, strict=True)):
+        raise DataError(f"{folder} holds shards ({min(shards)}, ...) without an index: python -m data_prep adopt {source}")
 
 
 class FolderContainer:
