@@ -115,15 +115,18 @@ def read_sums(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise PrepError(f"{path} is missing")
     try:
-        lines = path.read_bytes().decode().splitlines()
+        body = path.read_bytes()
+        lines = body.decode().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PrepError(f"{path} cannot be read: {error}") from None
     digests: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines[:-1], 1):
         digest, _, name = line.partition("  ")
         if not re.fullmatch("[0-9a-f]{64}", digest) or not is_plain(name) or name in digests:
             raise PrepError(f"{path} is damaged in line {number}")
         digests[name] = digest
+    if to_sums(digests) != body:
+        raise PrepError(f"{path} is damaged")
     return digests
 
 
@@ -151,13 +154,19 @@ def _is_leftover(path: Path, pid: int, place: str) -> bool:
         return False
     if pid == os.getpid():  # of an earlier process with this id: nothing is swept while this one writes
         return True
+    return not _runs(pid)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process of this machine is alive. One that is dead may be listed for long, where nobody asks for its end."""
     try:
         os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
     except ProcessLookupError:
-        return True
-    except PermissionError:  # it runs, as another user
         return False
-    return False
+    except OSError:  # of another user, or nothing can be known
+        return True
+    return state not in ("Z", "X")
 
 
 def _place() -> str:

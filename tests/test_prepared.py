@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 from PIL import Image
-from shards import HEIGHT, WIDTH, edit, make_samples, pixels, sha256, write_split
 
 from data_prep.formats.base import CONTAINERS, StoredSample, probe_image
 from nepa_dist.config import DataConfig
@@ -21,6 +20,7 @@ from nepa_dist.data.decode import BadImage
 from nepa_dist.data.index import INDEX, MANIFEST, NAMES, content_sha256, read_manifest
 from nepa_dist.data.loader import TrainLoader, batch_digest
 from nepa_dist.data.prepared import PreparedContainer, decode_mask, is_local
+from shards import HEIGHT, WIDTH, edit, make_samples, pixels, sha256, write_split
 
 Name = Literal["tar", "mds", "beton"]
 
