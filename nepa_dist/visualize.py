@@ -1,20 +1,33 @@
-"""Pictures of a run: curves of loss, gradient norm and collapse from its ``metrics.jsonl``. Imports no torch.
+"""Pictures of a run: its curves, and what its model sees.
 
-matplotlib is loaded when the first picture is drawn, and only its file output: no display is needed.
+Curves of loss, gradient norm and collapse are drawn from ``metrics.jsonl``. ``python -m nepa_dist.visualize RUN IMAGE...``
+draws for each image the paper's figure 5: the query patch, its attention and the similarity to its prediction, as
+:mod:`nepa_dist.maps` computes them.
+
+matplotlib and torch are loaded when the first picture is drawn, so that the trainer's curves need no torch.
 """
 
 from __future__ import annotations
 
+import argparse
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nepa_dist.metrics.sinks import read_curve
+from nepa_dist.pictures import MapRow, draw_maps, save_figure
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from nepa_dist.maps import Query
+    from nepa_dist.trained import Trained
 
 Series = Mapping[str, tuple[list[float], list[float]]]
 """Lines by their name in the legend: x values, y values."""
@@ -101,7 +114,7 @@ def plot_lines(
             axes.legend(frameon=False)
         axes.set_xlabel(xlabel)
 
-    _save(Path(path), title, (7.2, 4.0), draw)
+    save_figure(Path(path), title, (7.2, 4.0), draw)
 
 
 def _plot_panels(path: Path, panels: Mapping[str, Series], title: str) -> Path:
@@ -114,7 +127,7 @@ def _plot_panels(path: Path, panels: Mapping[str, Series], title: str) -> Path:
             axes.legend(frameon=False)
         grid[-1, 0].set_xlabel("step")
 
-    _save(path, title, (7.2, 3.1 * len(panels)), draw)
+    save_figure(path, title, (7.2, 3.1 * len(panels)), draw)
     return path
 
 
@@ -130,18 +143,6 @@ def _draw(axes: Axes, series: Series, ylabel: str, *, smooth: bool = False) -> N
     axes.grid(True, color="#e4e4e4", lw=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _save(path: Path, title: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11)
-    draw(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
 
 
 def _points(rows: Sequence[Mapping[str, float]], key: str, *, positive: bool = False) -> tuple[list[float], list[float]]:
@@ -175,3 +176,161 @@ def _moving_average(values: Sequence[float]) -> list[float]:
     low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(y))
     mean = (total[high] - total[low]) / np.maximum(count[high] - count[low], 1)
     return [float(value) for value in np.where(valid, mean, np.nan)]
+
+
+def plot_maps(
+    trained: Trained,
+    image: NDArray[np.uint8],
+    queries: Sequence[Query],
+    path: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    title: str,
+) -> None:
+    """Draw attention and similarity maps of one image into a PNG file, one row for each query patch.
+
+    Args:
+        trained: from :func:`nepa_dist.trained.load_trained`. A classifier predicts no patches: it gets no similarity map.
+        image: uint8 [H, W, 3], both sides multiples of the patch size.
+        queries: row and column of each query patch.
+        path: the file; its folder is made if missing.
+        layers: a panel of attention for each; default: one panel, the mean over all layers.
+        title: above the picture.
+
+    Raises:
+        ValueError: a query is outside the grid, a layer is no block, or the size does not fit.
+    """
+    import torch
+
+    from nepa_dist.data.device import normalize
+    from nepa_dist.maps import attention_maps, similarity_map
+    from nepa_dist.tasks.pretrain import PretrainTask
+
+    task = trained.task
+    pixels = normalize(torch.from_numpy(image.copy())[None], trained.data.mean, trained.data.std)[0]
+    causal = task.objective.causal if isinstance(task, PretrainTask) else task.causal
+    rows = []
+    for query in queries:
+        maps = attention_maps(task.backbone, pixels, query, layers=layers, causal=causal)
+        if layers is None:
+            named = {"mean of all layers": torch.stack(list(maps.values())).mean(dim=0).numpy()}
+        else:
+            named = {f"layer {layer % len(task.backbone.blocks)}": weights.numpy() for layer, weights in maps.items()}
+        similarity = similarity_map(task, pixels, query).numpy() if isinstance(task, PretrainTask) else None
+        rows.append(MapRow(query, named, similarity))
+    draw_maps(path, image, rows, title=title)
+
+
+def default_queries(rows: int, columns: int) -> list[Query]:
+    """The patch in the middle, one in the upper right and one in the lower left quarter; fewer where a grid has no more."""
+    queries = [(rows // 2, columns // 2), (rows // 4, 3 * columns // 4), (3 * rows // 4, columns // 4)]
+    return list(dict.fromkeys(queries))
+
+
+def _read_images(files: Sequence[Path], size: int) -> list[NDArray[np.uint8]]:
+    """The central square of each image, size x size pixels; names every image that cannot be read, not only the first."""
+    from nepa_dist.config import AugmentConfig
+    from nepa_dist.data.augment import augment
+    from nepa_dist.data.decode import BadImage, decode_image
+
+    images, problems = [], []
+    for file in files:
+        try:
+            pixels = decode_image(file.read_bytes())
+            images.append(augment(pixels, AugmentConfig(crop="center"), image_size=size, seed=0, epoch=0, sample_id=0))
+        except OSError as error:
+            problems.append(f"{file}: {error.strerror or error}")
+        except BadImage as error:
+            problems.append(f"{file}: {error}")
+    if problems:
+        raise ValueError("\n".join(["these images cannot be read:", *(f"  - {problem}" for problem in problems)]))
+    return images
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """A file name for the picture of each image; images of the same name in several folders are numbered."""
+    names: list[str] = []
+    for file in files:
+        name, number = f"{file.stem}_maps.png", 1
+        while name in names:
+            number += 1
+            name = f"{file.stem}-{number}_maps.png"
+        names.append(name)
+    return names
+
+
+def _pair(text: str) -> Query:
+    row, comma, column = text.partition(",")
+    if not (comma and row.strip().isdecimal() and column.strip().isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not ROW,COL, for example 7,12")
+    return int(row), int(column)
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers, for example 0,6,11") from None
+
+
+def _run(args: argparse.Namespace) -> list[Path]:
+    from nepa_dist.maps import check_query, check_size
+    from nepa_dist.trained import load_trained
+
+    trained = load_trained(args.model, ema=not args.raw)
+    config = trained.task.backbone.config
+    size = config.image_size if args.size is None else args.size
+    side = check_size(size, config.patch_size)
+    for number in args.query_patch:
+        if not 0 <= number < side * side:
+            raise ValueError(f"query patch {number} is outside the grid of {side} x {side}: patches are 0 to {side * side - 1}")
+    queries = list(args.query) + [divmod(number, side) for number in args.query_patch]
+    for query in queries:
+        check_query(query, side, side)
+    queries = queries or default_queries(side, side)
+    out = args.out or (args.model / "figures" if (args.model / "checkpoints").is_dir() else Path())
+    images = _read_images(args.images, size)
+    paths = [out / name for name in _names(args.images)]
+    for file, image, path in zip(args.images, images, paths, strict=True):
+        title = f"{file.name}  -  {args.model.resolve().name}, {trained.origin}"
+        plot_maps(trained, image, queries, path, layers=args.layers, title=title)
+        print(f"wrote {path}")
+    return paths
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nepa_dist.visualize", description="Draw what a query patch attends to, and how well it is predicted."
+    )
+    parser.add_argument(
+        "model", type=Path, metavar="RUN|WEIGHTS", help="folder of a run, a checkpoint or weights, or a safetensors file"
+    )
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files; the central square is used")
+    parser.add_argument(
+        "--query", type=_pair, action="append", default=[], metavar="ROW,COL", help="query patch, from 0; repeat for more"
+    )
+    parser.add_argument(
+        "--query-patch",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="query patch by number, row by row from 0; repeat for more",
+    )
+    parser.add_argument("--layers", type=_layers, metavar="0,6,11", help="a panel for each; default: the mean over all layers")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the image that the model sees; default: as trained")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/figures; for weights the current folder")
+    parser.add_argument("--raw", action="store_true", help="use the weights themselves, not their average")
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    try:
+        _run(args)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
