@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from shards import HEIGHT, WIDTH, image_file, make_samples, mask_file, pixels, run_script, sha256
 
 from data_prep.formats.base import CONTAINERS, Scan, ShardError, StoredSample, get_format
 from nepa_dist.data.index import ENCODED, RAW, ShardRecord
+from shards import HEIGHT, WIDTH, image_file, make_samples, mask_file, pixels, run_script, sha256
 
 
 def _write(path: Path, container: str, samples: Sequence[StoredSample], *, with_mask: bool = False) -> Scan:

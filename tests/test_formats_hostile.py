@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shards import edit, image_file, make_samples, mask_file
 
 from data_prep.formats.base import CONTAINERS, ShardError, get_format
+from shards import edit, image_file, make_samples, mask_file
 
 IMAGE = image_file(0)
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import fsspec
 import pytest
-from shards import make_samples, write_split
 
 from nepa_dist.data.containers import DataError, open_container
 from nepa_dist.data.index import MANIFEST, Manifest
 from nepa_dist.data.remote import RemoteContainer
+from shards import make_samples, write_split
 
 SAMPLES = make_samples(6, masks=True)
 

@@ -1,9 +1,9 @@
 """Starting from another run's weights, and going on with changed settings only where that is allowed."""
 
 import pytest
+from test_train import curve, images, run, weights  # noqa: F401 - a fixture among them
 
 from nepa_dist.checkpoint.store import CheckpointStore
-from test_train import curve, images, run, weights  # noqa: F401 - a fixture among them
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import io
 import logging
 import os
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, NamedTuple
 
 import torch
@@ -226,10 +229,12 @@ class ZeroEngine:
         from deepspeed.runtime.zero import parameter_offload
         from deepspeed.utils import groups
 
+        root = self._engine.module
         self._engine.destroy()
+        vars(root).clear()  # zero3 keeps it in a cache for ever, and its hooks lead to all the rest
         for attributes, own in self._attributes:
             for name in attributes.keys() - own:
-                pass  # they lead to all of DeepSpeed's memory for as long as the task lives
+                del attributes[name]  # they lead to all of DeepSpeed's memory for as long as the task lives
         parameter_offload.FWD_MODULE_STACK.clear()  # zero3 puts the module there and never takes it away
         groups._WORLD_GROUP = None  # belongs to this process group, which may end before the next engine
         del self._engine, self._optimizer, self._flats, self._pieces, self._task, self._attributes
@@ -262,11 +267,11 @@ def check_version() -> None:
         version = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError(["engine.name zero1, zero2 and zero3 need DeepSpeed: pip install 'nepa-dist[deepspeed]'"]) from None
-    if version.split(".")[:2] != ["0", "19"]:
-        raise ConfigError(
-            [f"deepspeed {version} is installed, but engine.name zero1, zero2 and zero3 need deepspeed >=0.19,<0.20: "
-             "pip install 'nepa-dist[deepspeed]'"]
-        )  # fmt: skip
+    # Earlier ones apply a NaN and call it a step of norm 1.41; the first of 0.19 drop micro-batches too.
+    patch = re.match(r"0\.19\.(\d+)", version)
+    if patch is None or int(patch[1]) < 8:
+        needed = "engine.name zero1, zero2 and zero3 need deepspeed >=0.19.8,<0.20: pip install 'nepa-dist[deepspeed]'"
+        raise ConfigError([f"deepspeed {version} is installed, but {needed}"])
 
 
 def _settings(config: Config, plan: Plan, numels: Sequence[int]) -> dict[str, Any]:
@@ -282,9 +287,12 @@ def _settings(config: Config, plan: Plan, numels: Sequence[int]) -> dict[str, An
     bucket = max(max(numels), min(BUCKET_NUMEL, sum(numels)))
     stage: dict[str, Any] = {"stage": int(engine.name[-1]), "reduce_bucket_size": bucket}
     if engine.name == "zero3":
+        total = sum(numels)
         stage |= {
             "stage3_param_persistence_threshold": WHOLE_NUMEL,
-            "stage3_max_reuse_distance": 0 if engine.reshard_after_forward else sum(numels) + 1,
+            # Weights that are gathered ahead of use, and how soon a weight must be used again not to be freed.
+            "stage3_max_live_parameters": total // 8 if engine.reshard_after_forward else 2 * total,
+            "stage3_max_reuse_distance": 0 if engine.reshard_after_forward else 2 * total,
             "memory_efficient_linear": False,  # it replaces torch.nn.functional.linear for the whole process
         }
     else:
@@ -319,10 +327,13 @@ def _initialize(root: nn.Module, optimizer: AdamWEMA, settings: dict[str, Any], 
 
     # Would be compiled for a minute; it only speeds up reductions between processes on one CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its own calls, in every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
     try:
-        engine, *_ = deepspeed.initialize(model=root, optimizer=optimizer, config=settings, dist_init_required=False)
+        with redirect_stdout(io.StringIO()):  # and prints the memory that zero1 takes with bf16 weights
+            engine, *_ = deepspeed.initialize(model=root, optimizer=optimizer, config=settings, dist_init_required=False)
     finally:
         logger.setLevel(logging.WARNING)
     return engine
