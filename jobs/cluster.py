@@ -65,8 +65,8 @@ def run_local(
         grace_seconds: time between SIGTERM and SIGKILL for the other ranks after one has failed.
 
     Returns:
-        0 when all ranks returned 0; 75 when all returned 0 or 75 and at least one 75; otherwise the exit code of the rank that
-        failed first, or 1 if a signal ended it.
+        0 when all ranks returned 0; 75 when one returned 75, or was ended by its watchdog, before any failed; otherwise the
+        exit code of the rank that failed first, or 1 if a signal ended it.
     """
     run_dir = Path(run_dir).absolute()
     # -P keeps the working folder out of sys.path: a folder named jobs there must not be taken for ours.
@@ -166,11 +166,13 @@ def _wait(ranks: Sequence[Rank], received: deque[int], grace_seconds: float) -> 
     stranded: set[int] = set()
     kill_at = float("inf")
     while True:
-        codes = [rank.process.poll() for rank in ranks]
+        codes = [_exit_code(rank) for rank in ranks]
         running = [rank for rank, code in zip(ranks, codes, strict=True) if code is None]
-        if EXIT_AGAIN in codes and running and kill_at == float("inf"):
-            # It may have been asked to stop before it had joined the others, and they wait for it in vain.
-            kill_at = time.monotonic() + grace_seconds
+        if EXIT_AGAIN in codes and not failed:
+            # It was asked to stop before it had joined the others, or it hung. They wait for it in vain, or fail without it.
+            stranded = {rank.number for rank in ranks}
+            if running and kill_at == float("inf"):
+                kill_at = time.monotonic() + grace_seconds
         if not failed:
             ended = [rank for rank, code in zip(ranks, codes, strict=True) if code not in (None, EXIT_DONE, EXIT_AGAIN)]
             failed = [rank for rank in ended if rank.number not in stranded]
@@ -186,7 +188,6 @@ def _wait(ranks: Sequence[Rank], received: deque[int], grace_seconds: float) -> 
         while received:
             _send(running, received.popleft())
         if time.monotonic() > kill_at:
-            stranded |= set() if failed else {rank.number for rank in running}
             _send(running, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
     if failed:
@@ -195,6 +196,15 @@ def _wait(ranks: Sequence[Rank], received: deque[int], grace_seconds: float) -> 
         print(f"the run failed: rank {first.number} {describe_exit(first.process.returncode)}", file=sys.stderr, flush=True)
         return max(1, failed[0].process.returncode)
     return EXIT_AGAIN if any(rank.process.returncode != EXIT_DONE for rank in ranks) else EXIT_DONE
+
+
+def _exit_code(rank: Rank) -> int | None:
+    """Exit code so far; 75 also for a signal's default action that asks for another start.
+
+    A stop signal has it until the rank has its handlers, SIGALRM when the watchdog ends a rank in which no Python runs.
+    """
+    code = rank.process.poll()
+    return EXIT_AGAIN if code is not None and -code in (*STOP_SIGNALS, signal.SIGALRM) else code
 
 
 def _send(ranks: Sequence[Rank], number: int) -> None:

@@ -117,7 +117,7 @@ class EngineConfig(Section):
     shard_size: int | None = Field(None, gt=0)
     """Ranks that share one copy of the state with hsdp; default: those of a node."""
     reshard_after_forward: bool = True
-    """fsdp2, hsdp: free gathered weights between forward and backward; off saves a gather and costs the memory."""
+    """fsdp2, hsdp, zero3: free gathered weights between forward and backward; off saves a gather and costs the memory."""
     precision: Literal["fp32", "bf16_autocast", "bf16_params"] = "bf16_autocast"
     """bf16_autocast (paper): fp32 weights, matrix products in bf16. bf16_params: forward and backward on a bf16 copy of the
     weights, which are kept and updated in fp32."""
@@ -154,7 +154,7 @@ class GuardConfig(Section):
     """Steps in a row with a non-finite gradient (each is skipped and counted) before the run ends with an error."""
     hang_seconds: float = Field(60.0, gt=0, le=1e6)
     """A rank that finishes no step for this long, and for hang_factor times its median step, writes the stacks of all its
-    threads to logs/ and ends with exit code 75. A million is never."""
+    threads to logs/ and ends with exit code 75. Must exceed the time that writing one checkpoint takes. A million is never."""
     hang_factor: float = Field(10.0, ge=1)
     """Median steps that hang_seconds must also cover."""
 

@@ -42,7 +42,8 @@ class AdamWEMA(torch.optim.AdamW):
     """Fused AdamW whose state also holds the exponential moving average of each parameter.
 
     The average is optimizer state like the moments: whatever shards, saves or skips them does the same to it. It is a copy
-    of the weight after the first update (released recipe) and then ``ema += (1 - decay) * (weight - ema)``.
+    of the weight after the first update (released recipe; not with ``keep_average``, for averages that were loaded) and then
+    ``ema += (1 - decay) * (weight - ema)``.
 
     When ``found_inf`` (0-d fp32 on the device, 0 or 1) is 1, a step changes nothing: weights, moments, average and step count
     stay as they are to the bit. Nothing is read by the host.
@@ -56,6 +57,7 @@ class AdamWEMA(torch.optim.AdamW):
         super().__init__(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
         self.ema_decay = optim.ema_decay
         self.found_inf: Tensor | None = None
+        self.keep_average = False
         self.begin(self._parameters())
 
     def begin(self, parameters: Iterable[Tensor]) -> None:
@@ -86,7 +88,7 @@ class AdamWEMA(torch.optim.AdamW):
         states = [self.state[parameter] for parameter in moved]
         # Each parameter has its own step count: an engine may call this for a part of the parameters at a time.
         steps = torch.stack([state["step"] for state in states])
-        weights = torch.where(steps <= 1, 1.0, 1 - self.ema_decay)
+        weights = torch.where((steps <= 1) & (not self.keep_average), 1.0, 1 - self.ema_decay)
         if self.found_inf is not None:
             weights = weights * (1 - self.found_inf)
         torch._foreach_lerp_([state["ema"] for state in states], moved, list(weights.unbind()))

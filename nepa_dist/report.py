@@ -1,4 +1,4 @@
-"""What a run will cost, from formulas alone: parameters, operations, steps, memory. Imports no torch; printed by ``--dry-run``."""
+"""What a run will cost, from formulas alone: parameters, operations, steps, memory. Imports no torch; for ``--dry-run``."""
 
 from __future__ import annotations
 

@@ -72,7 +72,8 @@ def _start_from(run: Run, source: Path) -> list[str]:
         run.state = replace(TrainState.from_dict(manifest.meta["state"]), restarts=run.state.restarts)
     else:
         _refuse_other_model(run, path, manifest.meta)
-        run.engine.load_named_state(_partial(reader, what, keep_ema=run.config.optim.ema_decay is not None))
+        state = _partial(reader, what, keep_ema=run.config.optim.ema_decay is not None)
+        run.engine.load_named_state(state, keep_average=what == "weights+ema")
     return [*notes, f"starting with the {what} of {path}, step {manifest.step}"]
 
 

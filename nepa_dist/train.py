@@ -57,8 +57,9 @@ def main(config: Config) -> int:
         ConfigError: the configuration, the data and what is in the run folder do not fit together.
         DataError: the data cannot be opened.
     """
-    world = join_world(config.engine, config.cluster.world_size)
     with StopFlag() as stop:
+        # Inside: a rank that ended by a signal while it waits for the others would leave them with an error.
+        world = join_world(config.engine, config.cluster.world_size)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         with RunLock(config.run_dir) if world.is_main else nullcontext():
             code = _run(config, world, stop)
@@ -94,6 +95,7 @@ def _run(config: Config, world: World, stop: StopFlag) -> int:
         else:
             _announce(run, reporter, notes)
             code = train(run, batches, reporter, saver, stop, watchdog)
+            watchdog.close()
             _draw(run, reporter)
     except RunAborted as error:  # on all ranks at the same step
         reporter.event(str(error))

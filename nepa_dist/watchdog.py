@@ -1,7 +1,8 @@
 """Ends a rank that hangs, after writing down where: a job that stands still costs as much as one that runs.
 
 One daemon thread per rank looks several times per limit whether the loop has finished a step. All ranks hang when one does, for
-they wait for it in a collective, so each rank's own watchdog writes its own stacks and no rank needs to ask another.
+they wait for it in a collective, so each rank's own watchdog writes its own stacks and no rank needs to ask another. It then
+waits a little before it ends the process: the death of one rank is an error in the others, which would hide where they are.
 
 Two ways to the end:
 
@@ -39,6 +40,8 @@ from nepa_dist.guard import EXIT_AGAIN
 ALARM_SECONDS = int(signal.SIGALRM)
 """Seconds between the two signals of the alarm clock: the first one's handler is ``alarm``, called with the signal's number."""
 LOOKS_PER_LIMIT = 10
+LOOKS_BEFORE_THE_END = 3
+"""The ranks notice a hang within two looks of each other; the first one waits for the last."""
 MAX_SECONDS_BETWEEN_LOOKS = 5.0
 STDERR = 2
 """The descriptor itself: the main thread may hold the lock of ``sys.stderr``."""
@@ -71,7 +74,12 @@ class Watchdog:
     """
 
     def __init__(
-        self, path: Path, *, min_seconds: float = 60.0, factor: float = 10.0, on_hang: Callable[[], NoReturn] = exit_again
+        self,
+        path: Path,
+        *,
+        min_seconds: float = 60.0,
+        factor: float = 10.0,
+        on_hang: Callable[[], NoReturn] = exit_again,
     ) -> None:
         if not min_seconds > 0 or not factor >= 1:
             raise ValueError(f"min_seconds {min_seconds} must be positive and factor {factor} at least 1")
@@ -117,7 +125,9 @@ class Watchdog:
                 self._pauses -= 1
 
     def close(self) -> None:
-        """Stop watching; remove the file if it is empty."""
+        """Stop watching; remove the file if it is empty. Can be called more than once."""
+        if self._file.closed:
+            return
         self._closing.set()
         self._thread.join()
         self._timers.stop()
@@ -155,9 +165,11 @@ class Watchdog:
             if armed and gap > armed_for:
                 self._write(f"=== {_place()}: stood still for {gap:.1f} s and goes on; stacks just above are of no hang\n")
             if num_late == 2:
-                self._end(limit)
+                self._write_stacks(limit)
+                time.sleep(LOOKS_BEFORE_THE_END * wait)
+                self._on_hang()
 
-    def _end(self, limit: float) -> NoReturn:
+    def _write_stacks(self, limit: float) -> None:
         # The timers are still set: a write that blocks does not keep the process alive.
         median = statistics.median(self._durations)
         header = (
@@ -170,7 +182,6 @@ class Watchdog:
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
         self._write(header)
         faulthandler.dump_traceback(file=self._file, all_threads=True)
-        self._on_hang()
 
     def _write(self, text: str) -> None:
         try:
@@ -191,7 +202,7 @@ class _Timers:
             self._alarm = ctypes.cast(self._libc.alarm, ctypes.c_void_p)
 
     def start(self, seconds: float) -> None:
-        """Set both to ``seconds`` from now, whether they run or not. Takes a fraction of a millisecond: too long for every step."""
+        """Set both to ``seconds`` from now, whether they run or not. Too slow for every step: up to 0.5 ms."""
         faulthandler.dump_traceback_later(seconds, file=self._file)
         if self._libc is not None:
             # A handler of this kind serves one signal, then the default action is back. So the first signal runs alarm(14), and

@@ -135,9 +135,7 @@ def test_a_free_port_can_be_bound() -> None:
         server.bind(("127.0.0.1", free_port()))
 
 
-@pytest.mark.parametrize(
-    ("codes", "expected"), [((0, 0), 0), ((0, 75), 75), ((75, 75), 75), ((0, 3), 3), ((75, 1), 1), ((2, 0), 2)]
-)
+@pytest.mark.parametrize(("codes", "expected"), [((0, 0), 0), ((0, 75), 75), ((75, 75), 75), ((0, 3), 3), ((2, 0), 2)])
 def test_exit_codes_become_one(tmp_path: Path, codes: tuple[int, ...], expected: int) -> None:
     assert Launcher(tmp_path, len(codes), f"os._exit({codes!r}[rank])").finish()[0] == expected
 
@@ -340,3 +338,23 @@ def main(config):
 def test_a_rank_that_stopped_alone_ends_the_others_and_asks_to_be_run_again(tmp_path: Path) -> None:
     launcher = Launcher(tmp_path, 2, "rank or os._exit(75)\ntime.sleep(60)", grace=0.2)
     assert launcher.finish()[0] == 75
+
+
+def test_errors_of_ranks_that_lost_a_stopped_one_are_no_failure(tmp_path: Path) -> None:
+    stops = "note('pid', os.getpid())\nos._exit(75)"
+    fails = """
+while not (folder / "pid-0").exists() or not (folder / "pid-0").read_text():
+    time.sleep(0.02)
+try:
+    while True:  # until the launcher has seen how it ended
+        os.kill(int((folder / "pid-0").read_text()), 0)
+        time.sleep(0.02)
+except ProcessLookupError:
+    os._exit(1)
+"""
+    assert Launcher(tmp_path, 2, by_rank([stops, fails])).finish()[0] == 75
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGALRM])
+def test_a_rank_ended_by_the_default_action_of_a_stop_signal_asks_to_be_run_again(tmp_path: Path, number: int) -> None:
+    assert Launcher(tmp_path, 1, f"os.kill(os.getpid(), {int(number)})").finish()[0] == 75

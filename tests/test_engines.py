@@ -101,21 +101,41 @@ def assert_equal(one, other, **tolerance):
             torch.testing.assert_close(tensor, other[name][field], **tolerance, msg=lambda m, n=name, f=field: f"{n} {f}: {m}")
 
 
+PRECISIONS = ("fp32", "bf16_autocast", "bf16_params")
+
+
+def everything(name, options):
+    """All that is tested of one engine, in one set of processes: they take longer to start than to work."""
+    ranks = dist.get_world_size()
+    results = {precision: train(name, {**options, "precision": precision}) for precision in PRECISIONS}
+    results["bf16 reduced"] = train(name, {**options, "reduce_dtype": "bf16"}, 3)
+    for precision in PRECISIONS:
+        low = {**options, "precision": precision}
+        results[f"{precision} poisoned"] = train(name, low, 5, None, ranks - 1)
+        # Ten steps at once, and six, then a fresh engine for four more.
+        results[f"{precision} resumed"] = train(name, low, 4, results[precision][1][5], None, 6)
+    return results
+
+
 @pytest.fixture(scope="module")
 def plain():
     return train("ddp", {})
 
 
-@pytest.fixture(scope="module", params=["bf16_autocast", "bf16_params"])
-def plain_bf16(request):
-    return request.param, train("ddp", {"precision": request.param})
+@pytest.fixture(scope="module")
+def plain_low():
+    return {precision: train("ddp", {"precision": precision}) for precision in PRECISIONS[1:]}
 
 
-@pytest.mark.parametrize(("name", "ranks", "options"), ENGINES + VARIANTS)
-def test_every_engine_equals_plain(plain, name, ranks, options):
+@pytest.fixture(scope="module", params=ENGINES, ids=lambda engine: engine[0])
+def results(request):
+    name, ranks, options = request.param
+    return run_ranks(everything, ranks, name, options, timeout=280)
+
+
+def assert_equals_plain(results, plain):
     rows, states, averaged, _ = plain
-    results = run_ranks(train, ranks, name, options)
-    losses = [sum(step) / ranks for step in zip(*([row[0] for row in result[0]] for result in results), strict=True)]
+    losses = [sum(step) / len(results) for step in zip(*([row[0] for row in result[0]] for result in results), strict=True)]
     assert losses == pytest.approx([row[0] for row in rows], abs=1e-6)
     for rank_rows, rank_states, rank_averaged, after in results:
         assert [row[1] for row in rank_rows] == pytest.approx([row[1] for row in rows], rel=1e-5)
@@ -126,13 +146,21 @@ def test_every_engine_equals_plain(plain, name, ranks, options):
         assert_equal(after, rank_states[-1], atol=0, rtol=0)  # swapped back
 
 
-@pytest.mark.parametrize(("name", "ranks", "options"), ENGINES)
-def test_bf16_agrees_with_plain(plain_bf16, name, ranks, options):
-    precision, (rows, states, _, _) = plain_bf16
-    results = run_ranks(train, ranks, name, {**options, "precision": precision})
-    losses = [sum(step) / ranks for step in zip(*([row[0] for row in result[0]] for result in results), strict=True)]
-    assert losses == pytest.approx([row[0] for row in rows], abs=2e-3)
-    for rank_rows, rank_states, _, _ in results:
+def test_every_engine_equals_plain(plain, results):
+    assert_equals_plain([result["fp32"] for result in results], plain)
+
+
+@pytest.mark.parametrize(("name", "ranks", "options"), VARIANTS)
+def test_what_saves_memory_or_time_changes_no_number(plain, name, ranks, options):
+    assert_equals_plain(run_ranks(train, ranks, name, options, timeout=280), plain)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS[1:])
+def test_bf16_agrees_with_plain(plain_low, results, precision):
+    rows, states, _, _ = plain_low[precision]
+    curves = [[row[0] for row in result[precision][0]] for result in results]
+    assert [sum(step) / len(results) for step in zip(*curves, strict=True)] == pytest.approx([row[0] for row in rows], abs=2e-3)
+    for rank_rows, rank_states, _, _ in [result[precision] for result in results]:
         assert [row[1] for row in rank_rows] == pytest.approx([row[1] for row in rows], rel=2e-2)
         for key, state in rank_states[-1].items():
             for field in ("weight", "ema"):
@@ -140,33 +168,26 @@ def test_bf16_agrees_with_plain(plain_bf16, name, ranks, options):
                 torch.testing.assert_close(state[field], states[-1][key][field], atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize(("name", "ranks", "options"), ENGINES)
-def test_gradients_can_be_reduced_in_bf16(plain, name, ranks, options):
-    rows = run_ranks(train, ranks, name, {**options, "reduce_dtype": "bf16"}, 3)[0][0]
-    norms = [row[1] for row in rows]
-    assert norms == pytest.approx([row[1] for row in plain[0][:3]], rel=1e-2)
-    assert norms != pytest.approx([row[1] for row in plain[0][:3]], rel=1e-6)  # digits are lost: it took effect
+def test_gradients_can_be_reduced_in_bf16(plain, results):
+    expected = [row[1] for row in plain[0][:3]]
+    norms = [row[1] for row in results[0]["bf16 reduced"][0]]
+    assert norms == pytest.approx(expected, rel=1e-2)
+    assert norms != pytest.approx(expected, rel=1e-6)  # digits are lost: it took effect
 
 
-@pytest.mark.parametrize(("name", "ranks", "options"), ENGINES)
-def test_nan_on_one_rank_skips_the_step_on_all_to_the_bit(name, ranks, options):
-    for rows, states, _, _ in run_ranks(train, ranks, name, options, STEPS, None, 1):
-        assert [row[2] for row in rows] == [1, 1, 0, *[1] * (STEPS - 3)]
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_nan_on_one_rank_skips_the_step_on_all_to_the_bit(results, precision):
+    for rows, states, _, _ in [result[f"{precision} poisoned"] for result in results]:
+        assert [row[2] for row in rows] == [1, 1, 0, 1, 1]
         assert_equal(states[2], states[1], atol=0, rtol=0)
 
 
-def _resume_in_the_middle(name, options):
-    """Ten steps; and six, a fresh engine, four more."""
-    whole = train(name, options)
-    part = train(name, options, 4, whole[1][5], None, 6)
-    assert part[0] == whole[0][6:]
-    assert_equal(part[1][-1], whole[1][-1], atol=0, rtol=0)
-    return True
-
-
-@pytest.mark.parametrize(("name", "ranks", "options"), [*ENGINES, ("zero2", 2, {"precision": "bf16_params"})])
-def test_resume_is_exact_to_the_bit(name, ranks, options):
-    assert all(run_ranks(_resume_in_the_middle, ranks, name, options))
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_resume_is_exact_to_the_bit(results, precision):
+    for result in results:
+        whole, resumed = result[precision], result[f"{precision} resumed"]
+        assert resumed[0] == whole[0][6:]
+        assert_equal(resumed[1][-1], whole[1][-1], atol=0, rtol=0)
 
 
 def test_state_moves_between_engines_and_ranks(plain):

@@ -65,8 +65,13 @@ class Engine(Protocol):
         """Full state of every parameter, one at a time. A collective: all ranks iterate to the end."""
         ...
 
-    def load_named_state(self, source: NamedStateSource) -> None:
+    def load_named_state(self, source: NamedStateSource, *, keep_average: bool = False) -> None:
         """Set every parameter's state. A collective.
+
+        Args:
+            source: the state.
+            keep_average: the averages go on from what is loaded also where no update is counted yet; otherwise they begin
+                as a copy of the weights after the first one.
 
         Raises:
             StateMismatchError: names differ (all are listed, nothing has changed), or the shape of one parameter.

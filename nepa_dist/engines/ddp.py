@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +16,13 @@ from nepa_dist.engines.base import NamedStateSource, ParameterState, StepResult,
 from nepa_dist.engines.native import NativeEngine, in_bf16, swap
 from nepa_dist.optim import AdamWEMA, param_groups
 from nepa_dist.plan import Plan
+
+
+def _reduce_in_bf16(_: None, bucket: Any) -> torch.futures.Future[Tensor]:
+    """Average a bucket over the ranks in bf16. (torch's own hook refuses gloo, which can do it.)"""
+    work = dist.all_reduce(bucket.buffer().bfloat16() / dist.get_world_size(), async_op=True)
+    future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: bucket.buffer().copy_(done.value()[0]))
+    return future
 
 
 class _Bf16Copy(nn.Module):
@@ -42,7 +48,7 @@ class DDPEngine(NativeEngine):
             # Weights are equal by construction: keyed initialisation, one checkpoint.
             self._root = DistributedDataParallel(self._root, device_ids=devices, gradient_as_bucket_view=True, init_sync=False)
             if config.engine.reduce_dtype == "bf16":
-                self._root.register_comm_hook(None, bf16_compress_hook)
+                self._root.register_comm_hook(None, _reduce_in_bf16)
 
     def _average_gradients(self, enabled: bool) -> None:
         if isinstance(self._root, DistributedDataParallel):
@@ -62,8 +68,9 @@ class DDPEngine(NativeEngine):
         for name, parameter in self._task.named_parameters():
             yield name, self._state(parameter)
 
-    def load_named_state(self, source: NamedStateSource) -> None:
+    def load_named_state(self, source: NamedStateSource, *, keep_average: bool = False) -> None:
         """Set every parameter's state; nothing changes if names do not fit."""
+        self._optimizer.keep_average = keep_average
         parameters = dict(self._task.named_parameters())
         check_state({name: list(p.shape) for name, p in parameters.items()}, source)
         for name, parameter in parameters.items():

@@ -85,8 +85,9 @@ class FSDPEngine(NativeEngine):
         shard = DTensor.from_local(value, mesh, placements, shape=parameter.shape, stride=parameter.stride())
         return shard.full_tensor()
 
-    def load_named_state(self, source: NamedStateSource) -> None:
+    def load_named_state(self, source: NamedStateSource, *, keep_average: bool = False) -> None:
         """Set every parameter's state; each rank keeps its shard of what it reads."""
+        self._optimizer.keep_average = keep_average
         check_state({name: list(p.shape) for name, p in self._parameters.items()}, source)
         self._refresh()
         for name, parameter in self._parameters.items():

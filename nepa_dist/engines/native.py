@@ -48,8 +48,7 @@ class NativeEngine(ABC):
 
     def model(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward one micro-batch."""
-        self._micro += 1
-        self._average_gradients(self._micro == self._accum)
+        self._average_gradients(self._micro + 1 == self._accum)
         if self._bf16:
             batch = in_bf16(batch)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast):
@@ -63,6 +62,7 @@ class NativeEngine(ABC):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate ``loss / grad_accum_steps``."""
+        self._micro += 1
         if last != (self._micro == self._accum):
             raise RuntimeError(f"micro-batch {self._micro} of {self._accum} was announced with last={last}")
         (loss / self._accum).backward()

@@ -172,8 +172,9 @@ class ZeroEngine:
             yield name, {**dict(zip(fields, rows, strict=True)), "step": step}
 
     @torch.no_grad()
-    def load_named_state(self, source: NamedStateSource) -> None:
+    def load_named_state(self, source: NamedStateSource, *, keep_average: bool = False) -> None:
         """Set every parameter's state; each rank keeps its share of what it reads."""
+        self._optimizer.keep_average = keep_average
         check_state(self._shapes, source)
         loaded: dict[Tensor, tuple[str, Tensor]] = {}
         for name, piece in self._pieces.items():
