@@ -51,7 +51,7 @@ class FolderSource:
 
     def label(self, index: int) -> int:
         """Class of an image; -1 outside class folders."""
-        return int(self._container._labels[index])
+        return self._container.label(index)
 
     def read(self, index: int) -> bytes:
         """The image file. Raises OSError if it cannot be read."""

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nepa_dist.data.decode import _FORMATS, MIN_SIDE, BadImage, _orientation, decode_image
+from nepa_dist.data.decode import FORMATS, MIN_SIDE, BadImage, decode_image, orientation
 from nepa_dist.data.index import ENCODED, RAW
 
 REPAIRS = ("not-jpeg", "animation", "orientation", "cmyk", "gray", "palette", "alpha", "16bit", "colorspace")
@@ -213,14 +213,14 @@ def _repairs(data: bytes) -> tuple[str, ...]:
     """What sets a file, which can be decoded, apart from a plain upright 8-bit RGB JPEG."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             mode = image.mode
             found = {
                 "not-jpeg": image.format not in ("JPEG", "MPO"),  # MPO: a JPEG that holds more pictures
                 "animation": bool(getattr(image, "is_animated", False)),
                 "alpha": mode.endswith(("A", "a")) or "transparency" in image.info,
                 "16bit": mode.startswith("I") or _bits(image, data) > 8,
-                "orientation": 2 <= _orientation(image) <= 8,
+                "orientation": 2 <= orientation(image) <= 8,
                 "cmyk": mode == "CMYK",
                 "gray": mode[0] in "1LI" and mode != "LAB",
                 "palette": mode in ("P", "PA"),

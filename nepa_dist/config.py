@@ -69,7 +69,8 @@ class DataConfig(Section):
     """Where images come from and how they are read."""
 
     source: str | None = Field(None, min_length=1)
-    """``digits`` (embedded) or a folder: ``train/<class>/*``, ``<class>/*`` or a flat folder of images."""
+    """``digits`` (embedded); a folder that ``python -m data_prep`` made, or its URL; or a folder of images:
+    ``train/<class>/*``, ``<class>/*`` or a flat one."""
     expected_num_samples: int | None = Field(None, gt=0)
     """Images in the training split, for a dry run where the data is out of reach. The counted number wins."""
     augment: AugmentConfig = AugmentConfig()
@@ -81,6 +82,13 @@ class DataConfig(Section):
     """Loader processes per rank; default: the cores of this rank less one, at most 8. 0 loads in the trainer's process."""
     prefetch_batches: int = Field(2, gt=0)
     """Micro-batches each worker keeps ready."""
+    block_shards: int = Field(0, ge=0)
+    """0 mixes all samples. W > 0 reads from W shards of a prepared split at a time and mixes within them: for storage that is
+    slow at random reads."""
+    cache_dir: str | None = Field(None, min_length=1)
+    """Folder on this node for shards of a remote source (``s3://``, ``gs://``, ``https://``); default: in the temporary one."""
+    cache_gigabytes: float | None = Field(None, gt=0)
+    """Shards beyond this are removed again, those of longest ago first; default: keep all."""
     max_bad_samples: int = Field(100, ge=0)
     """Different unreadable images that a run survives, each replaced and named; one more ends it."""
 
@@ -275,7 +283,7 @@ class Config(Section):
 
 
 _NOT_IDENTITY = {"name", "run_root", "cluster", "checkpoint", "metrics", "guard", "micro_batch_size"}
-_NOT_IDENTITY |= {f"data.{key}" for key in DataConfig.model_fields if key not in ("augment", "mean", "std")}
+_NOT_IDENTITY |= {f"data.{key}" for key in DataConfig.model_fields if key not in ("augment", "block_shards", "mean", "std")}
 # Every engine gives the same numbers; a run may move between them.
 _NOT_IDENTITY |= {f"engine.{key}" for key in EngineConfig.model_fields if key not in ("precision", "reduce_dtype")}
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.checkpoint.store import CheckpointStore
 from nepa_dist.config import Config
-from nepa_dist.data.containers import Container, open_container
+from nepa_dist.data.containers import Container, open_split
 from nepa_dist.data.device import to_device
 from nepa_dist.data.loader import EvalLoader
 from nepa_dist.metrics.collapse import collapse_metrics
@@ -110,7 +110,7 @@ def evaluate(
     config = loaded.config
     if source is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
-    splits = [open_container(config.data.source, split, image_size=config.model.image_size) for split in ("train", "val")]
+    splits = [open_split(config.data, split, image_size=config.model.image_size) for split in ("train", "val")]
     train, test = (_Batches(c, config, n, device) for c, n in zip(splits, (num_train, num_test), strict=True))
     objective = _measure_objective(loaded.task.to(device), _Batches(splits[1], config, NUM_OBJECTIVE_IMAGES, device))
     layers: list[Layer] = ["embed", *range(config.model.depth), "final"]

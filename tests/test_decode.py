@@ -9,7 +9,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from nepa_dist.data import decode
 from nepa_dist.data.decode import MIN_SIDE, BadImage, decode_image
+from nepa_dist.data.turbo import decode_plain_jpeg
 
 
 def _encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -33,6 +35,91 @@ def test_lossless_formats_are_exact(kind: str) -> None:
 def test_jpeg_is_pillows_jpeg() -> None:
     data = _encode(Image.fromarray(_picture(40, 60)), "JPEG")
     np.testing.assert_array_equal(decode_image(data), np.asarray(Image.open(io.BytesIO(data))))
+
+
+JPEG_KINDS: list[dict[str, object]] = [
+    {},
+    {"quality": 100, "subsampling": 0},
+    {"quality": 20, "subsampling": 1},
+    {"quality": 90, "subsampling": 2, "optimize": True},
+    {"progressive": True},
+    {"progressive": True, "subsampling": 0},
+    {"restart_marker_rows": 1},
+    {"comment": b"\xff\xe1 in a comment", "icc_profile": b"\xff\xd9\xff\xe1" * 20},
+    {"dpi": (300, 300)},
+]
+
+
+@pytest.mark.parametrize("options", JPEG_KINDS)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [(8, 8), (17, 33), (129, 64)])
+def test_plain_jpegs_take_the_short_way_and_have_pillows_pixels(
+    options: dict[str, object], mode: str, size: tuple[int, int]
+) -> None:
+    smooth = Image.fromarray(_picture(5, 6)).resize(size, Image.Resampling.BICUBIC).convert(mode)
+    if mode == "L":
+        options = {key: value for key, value in options.items() if key != "subsampling"}
+    data = _encode(smooth, "JPEG", **options)
+    pixels = decode_plain_jpeg(data, MIN_SIDE)
+    assert pixels is not None
+    np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    np.testing.assert_array_equal(decode_image(data), pixels)
+
+
+def _turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return _encode(Image.fromarray(_picture(16, 24)), "JPEG", exif=exif)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff\xd8",
+        b"\xff\xd8\xff\xe0\xff\xff" * 4,
+        _turned(),
+        _encode(Image.fromarray(_picture()), "JPEG", xmp=b"<x:xmpmeta/>"),
+        _encode(Image.new("CMYK", (16, 16)), "JPEG"),
+        _encode(Image.new("RGB", (16, MIN_SIDE - 1)), "JPEG"),
+        _encode(Image.fromarray(_picture()), "JPEG")[:-20],
+        _encode(Image.fromarray(_picture()), "PNG"),
+    ],
+)
+def test_the_short_way_leaves_everything_else_to_pillow(data: bytes) -> None:
+    assert decode_plain_jpeg(data, MIN_SIDE) is None
+
+
+def test_a_turned_jpeg_is_upright() -> None:
+    assert decode_image(_turned()).shape == (24, 16, 3)
+
+
+def test_an_image_of_too_many_pixels_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = _encode(Image.new("RGB", (40, 40)), "JPEG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1599)
+    with pytest.raises(BadImage, match="too large"):
+        decode_image(data)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1600)
+    assert decode_image(data).shape == (40, 40, 3)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_damaged_jpegs_fare_the_same_on_both_ways(progressive: bool) -> None:
+    smooth = Image.fromarray(_picture(5, 6)).resize((45, 37), Image.Resampling.BICUBIC)
+    data = _encode(smooth, "JPEG", progressive=progressive, quality=85)
+    rng = np.random.RandomState(3)
+    num_short = 0
+    for _ in range(600):
+        damaged = bytearray(data)
+        for place in rng.randint(0, len(data), rng.randint(1, 3)):
+            damaged[place] = rng.choice([0, 0xFF, 0xD9, 0xE1, rng.randint(256)])
+        if rng.randint(4) == 0:
+            del damaged[rng.randint(len(damaged)) :]
+        pixels = decode_plain_jpeg(bytes(damaged), MIN_SIDE)
+        if pixels is not None:
+            num_short += 1
+            np.testing.assert_array_equal(pixels, decode._decode_with_pillow(bytes(damaged)))
+    assert 20 < num_short < 580
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA"])

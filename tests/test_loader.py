@@ -1,13 +1,7 @@
 """The loaders: the same pixels for any number of workers or ranks, bad files named, workers that live and end as told."""
 
 import io
-import multiprocessing
 import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nepa_dist.config import AugmentConfig, DataConfig
-from nepa_dist.data.augment import augment
-from nepa_dist.data.containers import Container, DataError, Sample, open_container
+from nepa_dist.data.augment import Mask, augment, augment_mask
+from nepa_dist.data.containers import Container, DataError, open_container
 from nepa_dist.data.decode import decode_image
 from nepa_dist.data.device import normalize, to_device
-from nepa_dist.data.loader import BadSample, Batch, EvalLoader, TrainLoader, batch_digest, default_num_workers
+from nepa_dist.data.loader import BadSample, Batch, EvalLoader, TrainLoader, add_digests, batch_digest, default_num_workers
 from nepa_dist.data.order import Order
 
 SEED, SIZE = 11, 32
@@ -241,137 +235,6 @@ def test_default_workers_leave_a_core_to_the_trainer(monkeypatch: pytest.MonkeyP
         assert default_num_workers(ranks) == wanted
 
 
-def _worker_pids() -> set[int]:
-    return {process.pid for process in multiprocessing.active_children() if process.pid}
-
-
-def test_workers_survive_signals_meant_for_the_trainer(folder: Path) -> None:
-    wanted = _digests(_train(folder, num_steps=40))
-    loader = _train(folder, num_steps=40, num_workers=2)
-    batches = iter(loader)
-    seen = [batch_digest(next(batches))]
-    workers = _worker_pids()
-    assert len(workers) == 2
-    for pid in workers:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            os.kill(pid, number)
-    seen += [batch_digest(next(batches)) for _ in range(20)]
-    assert _worker_pids() == workers
-    seen += [batch_digest(batch) for batch in batches]
-    assert seen == wanted
-
-
-def test_a_signal_while_workers_start_reaches_the_trainer_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, fork = os.getpid(), os.fork
-    got: list[int] = []
-
-    def handler(*_: object) -> None:
-        if os.getpid() != trainer:
-            os._exit(3)  # a worker ran what the trainer had installed for itself
-        got.append(1)
-
-    def fork_and_signal() -> int:
-        pid = fork()
-        os.kill(os.getpid(), signal.SIGTERM)  # in both processes
-        return pid
-
-    loader = _train(folder, num_workers=2)
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        monkeypatch.setattr(os, "fork", fork_and_signal)
-        assert len(_digests(loader)) == 6
-        assert got
-    finally:
-        loader.close()
-        signal.signal(signal.SIGTERM, before)
-
-
-def test_a_killed_worker_is_an_error(folder: Path) -> None:
-    loader = _train(folder, num_steps=10_000, num_workers=2)
-    batches = iter(loader)
-    next(batches)
-    os.kill(min(_worker_pids()), signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid \d+\) (was killed by SIGKILL|is killed by signal)"):
-        for _ in batches:
-            pass
-    loader.close()
-    assert not _worker_pids()
-
-
-def test_workers_end_when_the_loader_is_closed_finished_or_restarted(folder: Path) -> None:
-    loader = _train(folder, num_workers=2, num_steps=50)
-    loader.close()
-    batches = iter(loader)
-    first = batch_digest(next(batches))
-    old = _worker_pids()
-    assert batch_digest(next(iter(loader))) == first
-    assert len(_worker_pids()) == 2
-    assert not _worker_pids() & old
-    assert list(batches) == []
-    loader.close()
-    assert not _worker_pids()
-    loader.close()
-    assert len(_digests(loader)) == 50
-    assert not _worker_pids()
-
-
-def test_a_process_that_forgets_its_loader_still_ends(folder: Path) -> None:
-    code = f"""
-        import multiprocessing
-        from nepa_dist.config import DataConfig
-        from nepa_dist.data.containers import open_container
-        from nepa_dist.data.loader import TrainLoader
-        container = open_container({str(folder)!r}, "train", image_size=32)
-        loader = TrainLoader(container, DataConfig(num_workers=2), image_size=32, seed=1, global_batch_size=4,
-                             micro_batch_size=4, rank=0, world_size=1, start_step=0, num_steps=10_000)
-        batches = iter(loader)
-        next(batches)
-        print(*[process.pid for process in multiprocessing.active_children()], flush=True)
-        raise SystemExit("something else went wrong")
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert done.stderr.strip() == "something else went wrong"
-    pids = done.stdout.split()
-    assert len(pids) == 2
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-
-
-class _Stuck:
-    """A container on a file system that does not answer."""
-
-    class_names: list[str]
-    fingerprint = ""
-
-    def __init__(self, sign: Path) -> None:
-        self.class_names = []
-        self._sign = sign
-
-    def __len__(self) -> int:
-        return 10
-
-    def read(self, index: int) -> Sample:
-        self._sign.touch()
-        time.sleep(600)
-        raise OSError
-
-    def name(self, index: int) -> str:
-        return str(index)
-
-
-def test_a_worker_that_is_stuck_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # How long torch waits for a worker to end by itself, seconds.
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.3)
-    sign = tmp_path / "reading"
-    loader = EvalLoader(_Stuck(sign), DataConfig(num_workers=1), image_size=SIZE, batch_size=2)
-    iter(loader)
-    while not sign.exists() and _worker_pids():
-        time.sleep(0.01)
-    assert len(_worker_pids()) == 1
-    loader.close()
-    assert not _worker_pids()
-
-
 def test_digest_follows_ids_and_pixels() -> None:
     def batch(pixel: int, sample_id: int) -> Batch:
         images = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
@@ -397,3 +260,100 @@ def test_normalize_on_the_device() -> None:
     assert set(moved) == {"images", "labels", "ids"}
     assert torch.equal(moved["images"], out)
     assert (moved["labels"].tolist(), moved["ids"].tolist()) == ([1, -1], [8, 9])
+
+
+def test_digests_add_up_to_the_same_for_every_world_size_and_name_what_was_seen(folder: Path) -> None:
+    whole = [batch.digest for batch in _train(folder, global_batch_size=8, micro_batch_size=8)]
+    assert len(set(whole)) == 6
+    assert all(0 <= digest < 2**63 for digest in whole)
+    options = {"global_batch_size": 8, "micro_batch_size": 2, "world_size": 2}
+    ranks = [[batch.digest for batch in _train(folder, rank=rank, num_workers=rank, **options)] for rank in range(2)]
+    assert [add_digests(*(d for rank in ranks for d in rank[2 * step : 2 * step + 2])) for step in range(6)] == whole
+    wrapped = torch.tensor(ranks[0][:2] + ranks[1][:2]).sum()  # as an all-reduce adds
+    assert int(wrapped) & (2**63 - 1) == whole[0]
+    others = [_train(folder, global_batch_size=8, micro_batch_size=8, **other) for other in ({"seed": 12}, {"image_size": 16})]
+    assert next(iter(others[0])).digest != whole[0]
+    assert next(iter(others[1])).digest != whole[0]
+    config = DataConfig(num_workers=0, augment=AugmentConfig(flip=0.4))
+    container = open_container(str(folder), "train", image_size=SIZE)
+    other = TrainLoader(
+        container, config, image_size=SIZE, seed=SEED, global_batch_size=8, micro_batch_size=8, rank=0, world_size=1,
+        start_step=0, num_steps=1,
+    )  # fmt: skip
+    assert next(iter(other)).digest != whole[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_masks_are_cut_like_their_images(workers: int) -> None:
+    container = open_container("digits", "train", image_size=SIZE)
+    batches = list(_train("digits", masks=True, num_workers=workers))
+    position, order = 0, Order(SEED, len(container))
+    for batch in batches:
+        assert batch.masks is not None
+        assert (batch.masks.shape, batch.masks.dtype) == ((4, SIZE, SIZE), torch.uint8)
+        for mask in batch.masks:
+            sample_id, epoch = order.lookup(position)
+            whole = container.read(sample_id).mask
+            assert whole is not None
+            wanted = augment_mask(whole, AugmentConfig(), image_size=SIZE, seed=SEED, epoch=epoch, sample_id=sample_id)
+            np.testing.assert_array_equal(mask.numpy(), wanted)
+            position += 1
+    assert next(iter(_train("digits"))).masks is None
+    moved = to_device(batches[0], torch.device("cpu"), (0.5,) * 3, (0.5,) * 3)
+    assert moved["images"].shape == (4, 3, SIZE, SIZE)
+
+
+def test_a_sample_without_a_mask_is_bad_where_masks_are_asked_for(folder: Path) -> None:
+    container = open_container(str(folder), "train", image_size=SIZE)
+    loader = EvalLoader(container, DataConfig(num_workers=0), image_size=SIZE, batch_size=10, masks=True)
+    (batch,) = loader
+    assert [bad.reason for bad in batch.bad] == ["it has no mask"] * 10
+    with pytest.raises(DataError, match="it has no mask"):
+        next(iter(_train(folder, masks=True)))
+
+
+def _paint(
+    pixels: NDArray[np.uint8], mask: Mask | None, *, image_size: int, seed: int, epoch: int, sample_id: int
+) -> tuple[NDArray[np.uint8], Mask | None]:
+    """A transform that shows its key."""
+    image = np.full((image_size, image_size, 3), (seed, epoch, sample_id), np.uint8)
+    return image, None if mask is None else np.full((image_size, image_size), 250 + sample_id, np.int64)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_transform_can_be_given(folder: Path, workers: int) -> None:
+    position, order = 0, Order(SEED, 10)
+    for batch in _train(folder, transform=_paint, num_workers=workers):
+        for image in batch.images:
+            sample_id, epoch = order.lookup(position)
+            assert (image == torch.tensor([SEED, epoch, sample_id])).all()
+            position += 1
+    container = open_container("digits", "val", image_size=SIZE)
+    loader = EvalLoader(
+        container,
+        DataConfig(num_workers=workers),
+        image_size=SIZE,
+        batch_size=8,
+        masks=True,
+        transform=_paint,
+        indices=range(8),
+    )
+    (batch,) = loader
+    assert batch.masks is not None
+    assert batch.masks[:, 0, 0].tolist() == list(range(250, 256))
+    assert {bad.reason for bad in batch.bad} == {
+        f"the mask has classes from {c} to {c}; 0 to 255 can be used" for c in (256, 257)
+    }
+
+
+def test_blocks_of_shards_change_the_order_alone(folder: Path) -> None:
+    container = open_container(str(folder), "train", image_size=SIZE)
+    options: dict[str, Any] = {
+        "image_size": SIZE, "seed": SEED, "global_batch_size": 5, "micro_batch_size": 5, "rank": 0, "world_size": 1,
+        "start_step": 0, "num_steps": 2, "block_shards": 1,
+    }  # fmt: skip
+    with pytest.raises(DataError, match="python -m data_prep"):
+        TrainLoader(container, DataConfig(num_workers=0), **options)
+    container.shards = np.arange(10) // 5  # type: ignore[attr-defined]
+    batches = list(TrainLoader(container, DataConfig(num_workers=0), **options))
+    assert sorted(sorted(batch.ids.tolist()) for batch in batches) == [list(range(5)), list(range(5, 10))]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nepa_dist.data.order import Order, keyed_uniforms, micro_batch_positions, permutation, splitmix64
+from nepa_dist.data.order import BlockOrder, KeyedDraws, Order, keyed_uniforms, micro_batch_positions, permutation, splitmix64
 
 
 def test_splitmix64_matches_the_published_generator() -> None:
@@ -53,6 +53,12 @@ def test_keyed_uniforms_are_a_prefix_and_stable() -> None:
     draws = [0.5609678691320001, 0.7203325306254518, 0.21408354876835178]
     assert keyed_uniforms(7, 8, 9, count=3).tolist() == draws
     assert keyed_uniforms(7, 8, 9, count=50)[:3].tolist() == draws
+
+
+@given(seed=st.integers(0, 2**63 - 1), keys=st.lists(st.integers(0, 2**40), max_size=4))
+def test_single_draws_are_those_of_the_array(seed: int, keys: list[int]) -> None:
+    draws = KeyedDraws(seed, *keys)
+    assert [draws[i] for i in (5, 0, 22)] == keyed_uniforms(seed, *keys, count=23)[[5, 0, 22]].tolist()
 
 
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 24), (1, 4), (2, 4), (2, 12), (3, 8), (4, 3), (8, 1), (24, 1)])
@@ -104,6 +110,41 @@ def test_replacement_is_another_sample_of_the_same_epoch() -> None:
         assert tries[0][0] != sample
         assert sorted(s for s, _ in tries) == list(range(10))
         assert tries[0] == order.lookup(20 + (position - 20 + 5) % 10)
+
+
+SHARDS = np.random.RandomState(0).permutation(np.repeat(np.arange(20), 50))
+"""1000 samples in 20 shards."""
+
+
+@pytest.mark.parametrize("window", [1, 3, 20])
+def test_blocks_hold_each_id_once_and_few_shards_at_a_time(window: int) -> None:
+    order = BlockOrder(7, SHARDS, window)
+    for epoch in range(2):
+        ids = np.array([order.lookup(epoch * 1000 + i)[0] for i in range(1000)])
+        assert sorted(ids.tolist()) == list(range(1000))
+        blocks = [ids[start : start + 50 * window] for start in range(0, 1000, 50 * window)]
+        seen = [set(SHARDS[block].tolist()) for block in blocks]
+        assert [len(shards) for shards in seen] == [min(window, 20 - i * window) for i in range(len(blocks))]
+        assert set.union(*seen) == set(range(20))
+        if window > 1:  # mixed: a sample's neighbour is most often of another shard
+            shards = SHARDS[ids]
+            assert (shards[1:] == shards[:-1]).mean() < 1.3 / window
+
+
+def test_blocks_change_with_seed_and_epoch_and_are_stable_across_versions() -> None:
+    shards = np.arange(12) // 3
+    ids = [[BlockOrder(seed, shards, 2).lookup(position)[0] for position in range(24)] for seed in (1, 2)]
+    assert ids[0][:12] != ids[0][12:]
+    assert ids[0] != ids[1]
+    assert ids[0][:12] == [2, 9, 10, 1, 0, 11, 5, 8, 4, 6, 3, 7]
+
+
+def test_a_block_order_over_all_shards_is_the_plain_order() -> None:
+    block, plain = BlockOrder(3, SHARDS.astype(np.uint32), 25), Order(3, 1000)
+    assert [block.lookup(k) for k in range(0, 3000, 7)] == [plain.lookup(k) for k in range(0, 3000, 7)]
+    assert [block.replacement(k, 2) for k in range(50)] == [plain.replacement(k, 2) for k in range(50)]
+    with pytest.raises(ValueError, match="at least 1 shard"):
+        BlockOrder(3, SHARDS, 0)
 
 
 def test_impossible_batches_are_refused() -> None:

@@ -201,7 +201,7 @@ def test_all_problems_come_at_once(refused: Refused, tmp_path: Path) -> None:
         (["vit_b", "--data", "digits", "--cluster", "slurm"], ["--dry-run", "--cluster local"]),
         (["vit_b", "--data", "digits", "--nodes", "2", "--cluster", "local"], ["--gpus-per-node 2", "--cluster slurm"]),
         (["vit_b", "--data", "digits", "--nodes", "0"], ["cluster.nodes"]),
-        (["vit_b", "--data", "digits", "--engine", "magic"], ["engine.name", "magic"]),
+        (["vit_b", "--data", "digits", "--engine", "magic"], ["unknown engine 'magic'", "zero3"]),
         (["vit_b", "--data", "digits", "--name", "a/b"], ["name", "a/b"]),
         (["vit_b", "--data", "digits", "--config", "none.yaml"], ["none.yaml"]),
         (["vit_b", "--data", "digits", "--gpus-per-node", "3"], ["global_batch_size 64", "63 or 66"]),

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from nepa_dist.config import DataConfig
 from nepa_dist.data.index import MANIFEST
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
@@ -126,6 +127,13 @@ def _refuse_shards(folder: Path, source: str) -> None:
         raise DataError(f"{folder} holds shards ({min(shards)}, ...) without an index: python -m data_prep adopt {source}")
 
 
+def open_split(config: DataConfig, split: Literal["train", "val"], *, image_size: int) -> Container:
+    """:func:`open_container` of the source, and with the cache, that a configuration names."""
+    cache_bytes = None if config.cache_gigabytes is None else round(config.cache_gigabytes * 1e9)
+    cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
+    return open_container(config.source, split, image_size=image_size, cache_dir=cache_dir, cache_bytes=cache_bytes)
+
+
 class FolderContainer:
     """Image files below a folder.
 
@@ -166,7 +174,11 @@ class FolderContainer:
     def read(self, index: int) -> Sample:
         """The bytes of file ``index`` and its label. Raises OSError if the file cannot be read."""
         with open(self._root + b"/" + self._relative(index), "rb") as file:
-            return Sample(file.read(), int(self._labels[index]))
+            return Sample(file.read(), self.label(index))
+
+    def label(self, index: int) -> int:
+        """Class of file ``index``; -1 is unknown."""
+        return int(self._labels[index])
 
     def name(self, index: int) -> str:
         """Path of file ``index`` relative to the root."""

@@ -36,11 +36,12 @@ def to_device(batch: Batch, device: torch.device, mean: tuple[float, ...], std: 
         mean, std: see :func:`normalize`.
 
     Returns:
-        images float32 [B, 3, H, W], labels int64 [B], ids int64 [B].
+        images float32 [B, 3, H, W], labels int64 [B], ids int64 [B], and masks uint8 [B, H, W] if the batch has them.
     """
     pinned = batch.images.is_pinned()
     images, labels, ids = (tensor.to(device, non_blocking=pinned) for tensor in (batch.images, batch.labels, batch.ids))
-    return {"images": normalize(images, mean, std), "labels": labels, "ids": ids}
+    moved = {"images": normalize(images, mean, std), "labels": labels, "ids": ids}
+    return moved if batch.masks is None else moved | {"masks": batch.masks.to(device, non_blocking=pinned)}
 
 
 @functools.cache

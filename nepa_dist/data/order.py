@@ -5,19 +5,23 @@ of epoch ``e = k // N``. Step s takes positions ``[s G, (s + 1) G)`` for a globa
 of that. So a batch may straddle two epochs, every epoch shows each sample exactly once, all ranks have equal steps, and
 the number of finished steps is all that a resumed run needs to know.
 
+:class:`Order` mixes all samples. :class:`BlockOrder` stays within a few shards at a time, for storage that is slow at random
+reads.
+
 The hash is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014). numpy's generators are not used: their streams may change
 between versions (NEP 19).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 _MASK = 2**64 - 1
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_SHARD_STREAM = 0x73686172  # keeps the order of the shards apart from that of the samples
 
 
 def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -29,18 +33,42 @@ def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     Returns:
         uint64 array of the same shape.
     """
-    z = x + _GOLDEN
-    z = (z ^ (z >> np.uint64(30))) * _MIX_1
-    z = (z ^ (z >> np.uint64(27))) * _MIX_2
+    z = x + np.uint64(_GOLDEN)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX_1)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX_2)
     return z ^ (z >> np.uint64(31))
 
 
-def _fold(*keys: int) -> NDArray[np.uint64]:
-    """Hash of a sequence of integers (each taken modulo 2^64), uint64 [1]; the order of the keys matters."""
-    state = np.zeros(1, np.uint64)
+def _mix(x: int) -> int:
+    """:func:`splitmix64` of one number, 0 <= x < 2^64; for single numbers much faster than an array."""
+    z = (x + _GOLDEN) & _MASK
+    z = ((z ^ (z >> 30)) * _MIX_1) & _MASK
+    z = ((z ^ (z >> 27)) * _MIX_2) & _MASK
+    return z ^ (z >> 31)
+
+
+def fold(*keys: int) -> int:
+    """Hash of a sequence of integers (each taken modulo 2^64), 0 <= hash < 2^64; the order of the keys matters."""
+    state = 0
     for key in keys:
-        state = splitmix64(state ^ np.uint64(key & _MASK))
+        state = _mix(state ^ (key & _MASK))
     return state
+
+
+class KeyedDraws:
+    """The numbers of :func:`keyed_uniforms`, each computed when it is asked for.
+
+    Args:
+        seed: of the run.
+        keys: what the numbers are for.
+    """
+
+    def __init__(self, seed: int, *keys: int) -> None:
+        self._state = fold(seed, *keys)
+
+    def __getitem__(self, index: int) -> float:
+        """Draw ``index`` (0, 1, ...), uniform in [0, 1)."""
+        return (_mix((self._state + index * _GOLDEN) & _MASK) >> 11) * 2.0**-53
 
 
 def keyed_uniforms(seed: int, *keys: int, count: int) -> NDArray[np.float64]:
@@ -54,8 +82,8 @@ def keyed_uniforms(seed: int, *keys: int, count: int) -> NDArray[np.float64]:
     Returns:
         float64 [count], uniform in [0, 1).
     """
-    counters = np.arange(count, dtype=np.uint64) * _GOLDEN
-    bits = splitmix64(_fold(seed, *keys) + counters)
+    counters = np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN)
+    bits = splitmix64(np.uint64(fold(seed, *keys)) + counters)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -71,7 +99,7 @@ def permutation(seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
         int64 [N], each of 0 .. N-1 once.
     """
     ids = np.arange(num_samples, dtype=np.uint64)
-    return np.argsort(splitmix64(_fold(seed, epoch) ^ ids), kind="stable").astype(np.int64, copy=False)
+    return np.argsort(splitmix64(np.uint64(fold(seed, epoch)) ^ ids), kind="stable").astype(np.int64, copy=False)
 
 
 class Order:
@@ -113,8 +141,42 @@ class Order:
         if epoch not in self._cache:
             if len(self._cache) == 2:
                 del self._cache[min(self._cache)]
-            self._cache[epoch] = permutation(self.seed, epoch, self.num_samples)
+            self._cache[epoch] = self._shuffle(epoch)
         return self._cache[epoch]
+
+    def _shuffle(self, epoch: int) -> NDArray[np.int64]:
+        return permutation(self.seed, epoch, self.num_samples)
+
+
+class BlockOrder(Order):
+    """The stream for storage that is slow at random reads: shards in random order, samples mixed within ``window`` of them.
+
+    A run reads from ``window`` shards at a time, one window after the other. Like :class:`Order` it depends on seed, epoch and
+    position alone, and every epoch shows each sample once.
+
+    Args:
+        seed: of the run.
+        shards: int [N], the shard of each sample.
+        window: W, shards that are mixed; with W of all shards or more this is exactly :class:`Order`.
+
+    Raises:
+        ValueError: there are no samples, or window is less than 1.
+    """
+
+    def __init__(self, seed: int, shards: NDArray[np.integer[Any]], window: int) -> None:
+        super().__init__(seed, len(shards))
+        if window < 1:
+            raise ValueError(f"a window needs at least 1 shard, got {window}")
+        self._shards = shards
+        self._num_shards = int(shards.max()) + 1
+        self.window = window
+
+    def _shuffle(self, epoch: int) -> NDArray[np.int64]:
+        order = permutation(fold(self.seed, _SHARD_STREAM), epoch, self._num_shards)
+        window = np.empty(self._num_shards, np.int64)
+        window[order] = np.arange(self._num_shards) // self.window
+        mixed = permutation(self.seed, epoch, self.num_samples)
+        return mixed[np.argsort(window[self._shards[mixed]], kind="stable")]
 
 
 def micro_batch_positions(

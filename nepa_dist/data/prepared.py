@@ -11,7 +11,6 @@ import hashlib
 import io
 import mmap
 import os
-import re
 import resource
 import struct
 import warnings
@@ -26,6 +25,7 @@ from PIL import Image
 from nepa_dist.data.containers import DataError, Sample
 from nepa_dist.data.decode import BadImage
 from nepa_dist.data.index import INDEX, MANIFEST, NAMES, RAW, Manifest, ManifestError, read_index, read_manifest
+from nepa_dist.data.mounts import find_mount
 
 Access = Literal["auto", "mmap", "pread"]
 
@@ -103,6 +103,11 @@ class PreparedContainer:
 
     def __len__(self) -> int:
         return self.manifest.num_samples
+
+    @property
+    def shards(self) -> NDArray[np.int64]:
+        """Shard of each sample, int64 [N]."""
+        return _index(self.folder, self.manifest)["shard"].astype(np.int64)
 
     def read(self, index: int) -> Sample:
         """Sample ``index``: the image file, or for raw pixels a read-only array [H, W, 3]; its label; its mask if it has one.
@@ -269,21 +274,7 @@ def is_local(folder: Path, mounts: str | None = None) -> bool:
         folder: any folder.
         mounts: the content of ``/proc/self/mountinfo``; default: read it. Without it nothing is called local.
     """
-    try:
-        text = mounts if mounts is not None else Path("/proc/self/mountinfo").read_text(errors="backslashreplace")
-        place = os.path.realpath(folder)
-    except OSError:
-        return False
-    best, kind = "", ""
-    for line in text.splitlines():
-        mount, _, rest = line.partition(" - ")
-        parts = mount.split()
-        if len(parts) < 5 or not parts[4].startswith("/") or not rest:
-            continue
-        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), parts[4])
-        # Of two mounts at the same place the later one is seen.
-        if os.path.commonpath([point, place]) == point and len(point) >= len(best):
-            best, kind = point, rest.split()[0]
+    kind = find_mount(folder, mounts).kind
     return bool(kind) and not kind.startswith(_REMOTE)
 
 

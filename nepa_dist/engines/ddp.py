@@ -18,7 +18,7 @@ from nepa_dist.optim import AdamWEMA, param_groups
 from nepa_dist.plan import Plan
 
 
-def _reduce_in_bf16(_: None, bucket: Any) -> torch.futures.Future[Tensor]:
+def _reduce_in_bf16(bucket: Any) -> torch.futures.Future[Tensor]:
     """Average a bucket over the ranks in bf16. (torch's own hook refuses gloo, which can do it.)"""
     work = dist.all_reduce(bucket.buffer().bfloat16() / dist.get_world_size(), async_op=True)
     future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: bucket.buffer().copy_(done.value()[0]))
@@ -48,7 +48,7 @@ class DDPEngine(NativeEngine):
             # Weights are equal by construction: keyed initialisation, one checkpoint.
             self._root = DistributedDataParallel(self._root, device_ids=devices, gradient_as_bucket_view=True, init_sync=False)
             if config.engine.reduce_dtype == "bf16":
-                self._root.register_comm_hook(None, _reduce_in_bf16)
+                self._root.register_comm_hook(None, lambda _, bucket: _reduce_in_bf16(bucket))
 
     def _average_gradients(self, enabled: bool) -> None:
         if isinstance(self._root, DistributedDataParallel):

@@ -61,6 +61,7 @@ _TABLE = (
     Metric("lr", "gauge", "", "Learning rate of the step."),
     Metric("applied", "gauge", "", "1 if the optimizer applied the step, 0 if the step was skipped."),
     Metric("skipped_steps_total", "counter", "steps", "Steps not applied because their gradient was not finite."),
+    Metric("data_digest", "gauge", "", "Digest of the step's ids, crops and flips: equal in runs that saw the same data."),
     # Speed and memory
     Metric("images_per_second", "gauge", "images/second", "Images of all ranks per second, over the log interval."),
     Metric("step_seconds", "gauge", "seconds", "Wall time per step, mean over the log interval."),
