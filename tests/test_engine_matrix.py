@@ -37,7 +37,8 @@ def go_on(place, starts, step, plain):  # noqa: F811
     for loss, norm, state in results:
         assert loss == pytest.approx(rows[step][0], abs=1e-6)
         assert norm == pytest.approx(rows[step][1], rel=1e-5)
-        assert_equal(state, states[step], atol=3e-6, rtol=1e-3)
+        # Adam divides by the size of the gradient: where that is near eps, the order of a sum decides on 1 % of an update.
+        assert_equal(state, states[step], atol=1e-5, rtol=1e-3)
     return [state for _, _, state in results]
 
 
