@@ -5,6 +5,9 @@ A prepared split is a folder (``python -m data_prep`` makes it)::
     manifest.json          what the split is and what its files must be, see :class:`Manifest`
     index.npy              one INDEX_DTYPE record per sample, in the order of sample ids
     names.txt              one line per sample: where it came from
+    repairs.jsonl          what was repaired, by sample
+    plan.json, plan.npy    which sample goes into which shard; parts/ holds what each writer noted
+    SHA256SUMS             of all files above, for ``sha256sum -c``
     shard-00000.tar ...    or shard.00000.mds, shard-00000.beton
 
 A sample's id is its rank among the source's names sorted by their bytes, so it is the same in every container and in the
