@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -129,6 +130,47 @@ def rank_environment(rank: int, world_size: int, port: int, base: Mapping[str, s
         "MASTER_PORT": str(port),
         LAUNCHER_PID: str(os.getpid()),
     }
+
+
+def environment_from_srun(env: Mapping[str, str]) -> dict[str, str]:
+    """What torch.distributed wants to know, from the variables that srun gives to each task.
+
+    Args:
+        env: of this process.
+
+    Returns:
+        RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR (the first node of the step) and MASTER_PORT (the same for
+        all ranks of the job); empty outside of srun, or where a launcher has set RANK.
+    """
+    if "RANK" in env or "SLURM_PROCID" not in env:
+        return {}
+    tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
+    per_node = expand_counts(env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", tasks)))
+    node = int(env.get("SLURM_NODEID", "0"))
+    job, step = int(env.get("SLURM_JOB_ID", "0")), int(env.get("SLURM_STEP_ID", "0"))
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": tasks,
+        "LOCAL_RANK": env.get("SLURM_LOCALID", "0"),
+        "LOCAL_WORLD_SIZE": str(per_node[node] if node < len(per_node) else per_node[-1]),
+        "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", ""))),
+        "MASTER_PORT": env.get("MASTER_PORT") or str(20000 + (job * 16 + step) % 12000),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """First name of a list of nodes as SLURM writes it: ``gpu[007-012,020],login1`` gives ``gpu007``; this machine if empty."""
+    head = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
+    assert head is not None  # every part may be empty
+    return "".join(part or "" for part in head.groups()) or "127.0.0.1"
+
+
+def expand_counts(text: str) -> list[int]:
+    """Tasks per node as SLURM writes it: ``4(x2),3`` gives [4, 4, 3]."""
+    counts: list[int] = []
+    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(repeat or 1)
+    return counts or [1]
 
 
 def _start(number: int, command: Sequence[str], env: Mapping[str, str], log_dir: Path) -> Rank:

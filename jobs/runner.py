@@ -1,5 +1,7 @@
 """What one rank executes: ``python -m jobs.runner RUN_DIR``. Reads RUN_DIR/config.yaml and calls ``nepa_dist.train.main``.
 
+Started by the launcher of this machine, by torchrun (``torchrun --nproc-per-node 8 -m jobs.runner RUN_DIR``) or by srun.
+
 The exit code is that of the training (0 finished, 75 stopped after saving), 2 for a mistake in the configuration or the data,
 1 for everything else. Nothing slow is imported before the process is tied to its launcher.
 """
@@ -15,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from jobs.cluster import LAUNCHER_PID, USER_ERROR
+from jobs.cluster import LAUNCHER_PID, USER_ERROR, environment_from_srun
 from nepa_dist.guard import EXIT_AGAIN, EXIT_FAILED, STOP_SIGNALS
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -52,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit code of the process. A failure that is not a user's mistake ends the process here instead, with code 1.
     """
     die_with_launcher()
+    os.environ.update(environment_from_srun(os.environ))
     for number in STOP_SIGNALS:
         signal.signal(number, stop_outside_training)
     arguments = sys.argv[1:] if argv is None else argv

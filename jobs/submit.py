@@ -39,6 +39,10 @@ examples:
   python jobs/submit.py pretrain vit_s --data digits --config configs/ablate/no_shift.yaml --name no-shift
   python jobs/submit.py pretrain vit_s --data digits --set optim.base_lr=1e-3 --set steps=500
 
+other commands, each with its own --help:
+  python jobs/submit.py prepare SOURCE OUT [--array 16]                  pack a data set into shards, here or as SLURM jobs
+  python jobs/submit.py doctor --data DATA                               can this node feed its GPUs with this data?
+
 Settings, later ones win: defaults < recipe < data < cluster < engine < --config in order < the other options < --set in order.
 The same command again resumes the run. Exit codes: 0 finished, 75 stopped after saving, 2 a mistake to correct, others failed.
 """
@@ -54,14 +58,24 @@ class Layers(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, then start or describe a run.
+    """Check, then start or describe a run; or measure or prepare its data.
 
     Args:
         argv: arguments; default: the command line.
 
     Returns:
-        Exit code: 2 if anything is wrong, 0 after a dry run, otherwise that of :func:`jobs.cluster.run_local`.
+        Exit code: 2 if anything is wrong, 0 after a dry run, otherwise that of :func:`jobs.cluster.run_local`,
+        :func:`jobs.doctor.main` or :func:`jobs.prepare.main`.
     """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["doctor"]:
+        from jobs import doctor
+
+        return doctor.main(argv[1:])
+    if argv[:1] == ["prepare"]:
+        from jobs import prepare
+
+        return prepare.main(argv[1:])
     args = _parser().parse_args(argv)
     layers, problems = collect_layers(args)
     config: Config | None = None

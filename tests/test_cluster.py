@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cluster import LAUNCHER_PID, REPO_ROOT, describe_exit, free_port, rank_environment
+from jobs.cluster import LAUNCHER_PID, REPO_ROOT, describe_exit, environment_from_srun, first_host, free_port, rank_environment
 from nepa_dist.config_load import load_config
 
 LAUNCHER = """
@@ -358,3 +358,37 @@ except ProcessLookupError:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGALRM])
 def test_a_rank_ended_by_the_default_action_of_a_stop_signal_asks_to_be_run_again(tmp_path: Path, number: int) -> None:
     assert Launcher(tmp_path, 1, f"os.kill(os.getpid(), {int(number)})").finish()[0] == 75
+
+
+def test_ranks_of_srun_find_each_other() -> None:
+    env = {
+        "SLURM_PROCID": "9",
+        "SLURM_NTASKS": "11",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+        "SLURM_STEP_NODELIST": "gpu[007-008,020]",
+        "SLURM_JOB_ID": "1234567",
+        "SLURM_STEP_ID": "0",
+    }
+    found = environment_from_srun(env)
+    assert found == {
+        "RANK": "9",
+        "WORLD_SIZE": "11",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "3",
+        "MASTER_ADDR": "gpu007",
+        "MASTER_PORT": found["MASTER_PORT"],
+    }
+    assert 20000 <= int(found["MASTER_PORT"]) < 32000
+    assert environment_from_srun(env | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"})["MASTER_PORT"] == found["MASTER_PORT"]
+    assert environment_from_srun(env | {"RANK": "0"}) == {}
+    assert environment_from_srun({"SLURM_JOB_ID": "1"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[007-012,020],login1", "gpu007"), ("n1,n2", "n1"), ("n[3,5]-ib", "n3-ib"), ("", "127.0.0.1"), ("solo", "solo")],
+)
+def test_first_host_of_a_list_of_nodes(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
