@@ -77,10 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     write.set_defaults(run=commands.write)
 
     prepare = actions.add_parser("prepare", help="plan, write and verify; the same command again goes on after an interruption")
-    _add_places(prepare)
-    _add_source(prepare)
-    _add_plan(prepare)
-    _add_work(prepare)
+    add_prepare_options(prepare)
     prepare.set_defaults(run=commands.prepare, check=False)
 
     verify = actions.add_parser("verify", help="is it what was written?")
@@ -111,6 +108,14 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("out", type=Path, metavar="OUT", help="prepared data set, or one split of it")
     info.set_defaults(run=commands.info)
     return parser
+
+
+def add_prepare_options(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the action ``prepare``, for this command line or another that offers it."""
+    _add_places(parser)
+    _add_source(parser)
+    _add_plan(parser)
+    _add_work(parser)
 
 
 def _add_places(parser: argparse.ArgumentParser) -> None:

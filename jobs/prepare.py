@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     work = None
     if not problems:
         work = plan_jobs(args, parser)
-        problems += _text_problems(work, argv)
+        problems += _text_problems(work)
     if not problems and not args.print and not shutil.which("sbatch"):
         problems.append(
             "sbatch is not on PATH: use a login node of the cluster, --print to see the jobs, or no --array to work here"
@@ -233,14 +233,15 @@ def _job_problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--workers is for work here; a job has one worker per core: use --cpus-per-task"
 
 
-def _text_problems(work: Work, argv: Sequence[str]) -> list[str]:
+def _text_problems(work: Work) -> Iterator[str]:
     """Sentences about characters that have no place in a job script: they could hide what it does, or end a line."""
-    found = dict.fromkeys([*argv, *work.plan, *work.write.words, str(REPO_ROOT)])
-    return [
-        f"{text!r} has a control character, a line break, or bytes that are no UTF-8, which no job script may hold: rename it"
-        for text in found
-        if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
-    ]
+    folder = os.path.realpath(work.logs.parent)
+    if "%" in folder or "\\" in folder:  # the patterns of --output hold in the working folder too, behind which it is put
+        yield f"{folder}: SLURM does not take the characters % and \\ of a log's path as they are; rename OUT"
+    # Each of the user's words is in one of these.
+    for text in dict.fromkeys([*work.plan, *work.write.words, str(REPO_ROOT)]):
+        if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
+            yield f"{text!r} has a control character, a line break, or bytes that are no UTF-8; no job script may hold them"
 
 
 def _parser() -> argparse.ArgumentParser:

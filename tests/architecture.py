@@ -30,6 +30,7 @@ ARROWS: dict[str, set[str]] = {
         "data.loader",
         "data.mounts",
         "data.order",
+        "data_prep",
         "evaluate",
         "guard",
         "metrics.sinks",
