@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
-import re
 import shutil
 import subprocess
 import sys
@@ -311,67 +309,6 @@ def test_a_refusal_by_sbatch_says_what_runs_and_what_does_not(
     assert "sbatch: error: no\n" in text
     assert ("nothing was submitted" in text) == (number == 41)
     assert ("job 41 writes the shards, but nothing verifies them" in text) == (number == 42)
-
-
-def _hostile(count: int) -> list[str]:
-    """Texts that a shell, or sbatch, would take for more than text."""
-    random_ = random.Random(5)
-    pieces = r"""$(touch hit)|`touch hit`|;touch hit;|'|"|\|&&touch hit&&|>hit|<x|$HOME|${IFS}| |  |#|#SBATCH --wrap=x|END|*|?|{a,b}|~|!|!!|%A|%j|%|-|--array=9|=|é|画像|(|)|x|x""".split(
-        "|"
-    )
-    pieces += ["|touch hit", "\n", "\ntouch hit\n", "\nEND\n", "\r", "\t", "\x1b"]
-    pieces += ["\U0001f600", "\u202e", "\u200b"]
-    return ["".join(random_.choices(pieces, k=random_.randint(1, 6))) for _ in range(count)]
-
-
-def test_what_the_user_writes_is_never_executed(
-    tmp_path: Path, record: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The printed script, run by bash with a stand-in for Python that keeps its words, calls exactly what was asked for."""
-    python = tmp_path / "py'th\"on $(touch hit)"
-    _executable(python, '#!/bin/sh\nprintf "%s\\0" "$PYTHONPATH" "$@" >> "$RECORD/calls"\nprintf "\\n" >> "$RECORD/calls"\n')
-    repository = tmp_path / "re'po;touch hit"
-    monkeypatch.setattr(sys, "executable", str(python))
-    monkeypatch.setattr(prepare, "REPO_ROOT", repository)
-    monkeypatch.setenv("SKIP", "1 2")
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    usual = [
-        line for line in GOLDEN.replace("-15", "-2").replace("task=8", "task=4").splitlines() if line.startswith("#SBATCH")
-    ]
-    usual = [
-        line for line in usual if not line.startswith(("#SBATCH --par", "#SBATCH --acc", "#SBATCH --time", "#SBATCH --mem"))
-    ]
-    refused = 0
-    for number, text in enumerate(_hostile(200)):
-        raw, out = tmp_path / "raw" / text, tmp_path / f"out{number}" / (re.sub(r"[%\\]", "", text) or "x")
-        source_options = [f"--val-labels={tmp_path}/{text}", f"--image-column={text}", f"--label-column=x{text}"]
-        plan_options = [f"--name={text}", f"--skip-bad-list={tmp_path}/{text}"]
-        code = run(raw, out, *source_options, *plan_options, "--array", 3, "--print")
-        printed = capsys.readouterr()
-        if any(character in text for character in "\n\r\t\x1b"):
-            refused += 1
-            assert (code, printed.out) == (2, "")
-            assert "control character" in printed.err
-            continue
-        assert code == 0
-        directives = [line for line in printed.out.splitlines() if line.startswith("#SBATCH")]
-        assert directives == usual
-        for name in ("calls", "number", "failed"):
-            (record / name).unlink(missing_ok=True)
-        subprocess.run(["bash"], input=printed.out.encode(), check=True, stdout=subprocess.DEVNULL, cwd=tmp_path / "work")
-        start = [str(repository), "-P", "-m", "data_prep"]
-        expected = [
-            [*start, "plan", *source_options, *plan_options, str(raw), str(out)],
-            [*start, "write", *source_options, str(raw), str(out), "--workers", "1"],
-        ]
-        calls = (record / "calls").read_bytes().decode().split("\0\n")[:-1]
-        assert [call.split("\0") for call in calls] == expected
-        assert not list((tmp_path / "work").iterdir())
-        assert [path.name for path in (out / "logs").iterdir()] == ["write-41_0.txt"]
-    assert 20 < refused < 150
-    assert not list(tmp_path.rglob("hit"))
 
 
 def _why_no_cluster() -> str:
