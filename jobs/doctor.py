@@ -136,7 +136,7 @@ def doctor(source: str, *, model_preset: str, gpus: int, seconds: float = 5.0, i
         source=source,
         num_samples=len(container),
         speed=speed,
-        file_system="none: embedded" if source == DIGITS else file_system(Path(source).expanduser()),
+        file_system=_where(source),
         shm_free_bytes=_free_bytes("/dev/shm"),
         cores=cores,
         gpus=gpus,
@@ -244,6 +244,12 @@ def file_system(folder: Path, mounts: str | None = None) -> str:
     """
     kind, point = find_mount(folder, mounts)
     return f"{kind} at {point}" if kind else "unknown"
+
+
+def _where(source: str) -> str:
+    if source == DIGITS:
+        return "none: embedded"
+    return "remote, fetched into a cache on this node" if "://" in source else file_system(Path(source).expanduser())
 
 
 def _advice(report: Report, workers: int) -> list[str]:

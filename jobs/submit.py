@@ -162,7 +162,7 @@ def collect_layers(args: argparse.Namespace) -> tuple[Layers, list[str]]:
     if args.data in recipe_names("data"):
         add("data", "data", args.data)
     elif args.data is not None:
-        override("data.source", _absolute(args.data))
+        override("data.source", _absolute_source(args.data))
     add("cluster", "cluster", default_cluster(args))
     if args.engine is not None:
         add("engine", "engine", args.engine)
@@ -195,7 +195,9 @@ def absolute_paths(config: Config) -> Config:
     config = with_value(config, "run_root", _absolute(config.run_root))
     source = config.data.source
     is_folder = source is not None and source not in recipe_names("data")
-    return with_value(config, "data.source", _absolute(source)) if is_folder and source else config
+    if config.data.cache_dir is not None:
+        config = with_value(config, "data.cache_dir", _absolute(config.data.cache_dir))
+    return with_value(config, "data.source", _absolute_source(source)) if is_folder and source else config
 
 
 def with_value(section: SectionT, key: str, value: Any) -> SectionT:
@@ -315,6 +317,11 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
+def _absolute_source(source: str) -> str:
+    """The same for a data folder; a URL stays as it is."""
+    return source if "://" in source else _absolute(source)
+
+
 def _default_name(args: argparse.Namespace) -> str:
     """<task>-<recipe>[-<data>], with the last part of a data folder, in the characters that a run name may have."""
     data = [] if args.data is None else [re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(_absolute(args.data)))]
@@ -324,7 +331,7 @@ def _default_name(args: argparse.Namespace) -> str:
 def _places_from_options(args: argparse.Namespace, layers: Layers) -> tuple[Path, str | None]:
     """(run folder, data folder) as far as the options alone tell, for checks beside a configuration that has problems."""
     run_dir = args.run_dir or os.path.join("runs", args.name or str(layers.base["name"]))
-    source = None if args.data is None or args.data in recipe_names("data") else _absolute(args.data)
+    source = None if args.data is None or args.data in recipe_names("data") else _absolute_source(args.data)
     return Path(_absolute(run_dir)), source
 
 

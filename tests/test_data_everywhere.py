@@ -1,5 +1,6 @@
 """The same batches from every container, world size, number of workers and place of resumption."""
 
+import os
 import random
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 
 from images import image_folder
+from jobs.submit import main as submit
 from nepa_dist.config import DataConfig
 from nepa_dist.data.containers import DataError, Sample, open_container
 from nepa_dist.data.loader import EvalLoader, TrainLoader, add_digests, batch_digest
-from splits import prepare
+from splits import planned, prepare, write
 
 CONTAINERS = ("folder", "tar", "mds", "beton")
 BATCH, STEPS = 8, 9  # 30 images: an epoch ends within the fourth step
@@ -171,3 +173,23 @@ def test_prepared_source_is_a_folder_with_splits(places):
     with pytest.raises(DataError, match="no val/"):
         open_container(str(places / "tar"), "val", image_size=SIZE)
     assert Path(places / "tar/train/manifest.json").exists()
+
+
+def test_training_takes_a_url(places, tmp_path, capsys):
+    arguments = ["pretrain", "vit_tiny", "--run-dir", str(tmp_path / "run"), "--dry-run", "--set", "global_batch_size=8"]
+    assert submit([*arguments, "--data", f"file://{places}/tar", "--set", f"data.cache_dir={tmp_path}/cache"]) == 0
+    assert "training images              30" in capsys.readouterr().out
+    assert submit([*arguments, "--data", "memory://nowhere"]) == 2
+    assert "memory://nowhere/train" in capsys.readouterr().err
+
+
+def test_a_split_alone_or_unfinished_is_not_taken_for_a_folder_of_images(places, tmp_path):
+    with pytest.raises(DataError, match=f"name the folder that holds it, {places / 'tar'}"):
+        open_container(str(places / "tar/train"), "train", image_size=SIZE)
+    planned(places / "folder", tmp_path / "begun/train", "tar")
+    with pytest.raises(DataError, match="not finished"):
+        open_container(str(tmp_path / "begun"), "train", image_size=SIZE)
+    os.rename(planned(places / "folder", tmp_path / "other", "tar"), tmp_path / "odd")
+    write(tmp_path / "odd", places / "folder")
+    with pytest.raises(DataError, match="under another name"):
+        open_container(str(tmp_path / "odd"), "train", image_size=SIZE)

@@ -101,7 +101,7 @@ def open_container(
 
         return PreparedContainer(root / split)
     for folder in (root / split, root):
-        _refuse_shards(folder, source)
+        _refuse_shards(folder)
     parts = [name for name in ("train", "val") if os.path.isdir(root / name)]
     if split in parts:
         return FolderContainer(root / split, split, class_roots=[root / part for part in parts])
@@ -112,7 +112,7 @@ def open_container(
     return FolderContainer(root, split)
 
 
-def _refuse_shards(folder: Path, source: str) -> None:
+def _refuse_shards(folder: Path) -> None:
     """Raise DataError for a folder of shards that is no prepared split. Archives beside folders or images are none."""
     try:
         with os.scandir(folder) as found:
@@ -121,10 +121,18 @@ def _refuse_shards(folder: Path, source: str) -> None:
         return  # it is missing, or whoever reads it next will say why it cannot be read
     names = [os.fsencode(entry.name).lower() for entry in entries]
     if MANIFEST.encode() in names:
-        raise DataError(f"{folder} is one prepared split: name the folder that holds it, {folder.absolute().parent}")
+        here = folder.absolute()
+        if here.name in ("train", "val"):
+            raise DataError(f"{folder} is one prepared split: name the folder that holds it, {here.parent}")
+        raise DataError(
+            f"{folder} is one prepared split under another name: a data set holds its splits as OUT/train and OUT/val; "
+            f"mkdir OUT, mv {folder} OUT/train, then name OUT"
+        )
+    if b"plan.json" in names:
+        raise DataError(f"{folder} is a prepared split that is not finished: run the same python -m data_prep command again")
     shards = [entry.name for entry, name in zip(entries, names, strict=True) if name.endswith(_SHARDS)]
     if shards and not any(os.path.isdir(e.path) or n.endswith(_SUFFIXES) for e, n in zip(entries, names, strict=True)):
-        raise DataError(f"{folder} holds shards ({min(shards)}, ...) without an index: python -m data_prep adopt {source}")
+        raise DataError(f"{folder} holds shards ({min(shards)}, ...) without an index: python -m data_prep adopt {folder}")
 
 
 def open_split(config: DataConfig, split: Literal["train", "val"], *, image_size: int) -> Container:
