@@ -131,7 +131,7 @@ def launch(config: Config, changes: Sequence[str] = ()) -> int:
     except OSError as error:
         return _refuse([f"cannot start in {run_dir}: {error}"])
     if code == EXIT_AGAIN:
-        print(f"stopped after saving; the same command continues {run_dir}", file=sys.stderr)
+        print(f"stopped before the end; the same command continues {run_dir} from its newest checkpoint", file=sys.stderr)
     return code
 
 
@@ -265,7 +265,7 @@ def folder_problems(run_dir: Path) -> list[str]:
 
 
 def compare_with_existing(config: Config) -> tuple[list[str], list[str]]:
-    """Compare a configuration with that of the run in the same folder.
+    """Compare a configuration with that of the run in the same folder. Before its first checkpoint a run has no numbers yet.
 
     Returns:
         (problems, changes): the first if a setting that shapes the numbers differs, the second one line per other difference,
@@ -280,7 +280,8 @@ def compare_with_existing(config: Config) -> tuple[list[str], list[str]]:
         found = "; ".join(error.problems)
         return [f"{config.run_dir} holds a run whose settings cannot be read ({found}); choose another --name"], []
     saved = old.model_dump(mode="json")
-    if shaping := changed_keys(saved, config):
+    begun = any((config.run_dir / "checkpoints").glob("step-*"))
+    if begun and (shaping := changed_keys(saved, config)):
         listing = "".join(f"\n      {_difference(*item)}" for item in shaping)
         advice = "choose another --name for the new settings, repeat the old ones to resume, or --allow KEY what may differ"
         return [f"{config.run_dir} holds a run with other settings (old -> new):{listing}\n    {advice}"], []

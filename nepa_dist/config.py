@@ -162,7 +162,7 @@ class GuardConfig(Section):
     """Steps in a row with a non-finite gradient (each is skipped and counted) before the run ends with an error."""
     hang_seconds: float = Field(60.0, gt=0, le=1e6)
     """A rank that finishes no step for this long, and for hang_factor times its median step, writes the stacks of all its
-    threads to logs/ and ends with exit code 75. Must exceed the time that writing one checkpoint takes. A million is never."""
+    threads to logs/ and ends with exit code 75. A million is never."""
     hang_factor: float = Field(10.0, ge=1)
     """Median steps that hang_seconds must also cover."""
 
@@ -303,7 +303,8 @@ def changed_keys(old: Mapping[str, Any], new: Config) -> list[tuple[str, Any, An
 
     Args:
         old: a configuration as nested mappings, as saved with a run.
-        new: the configuration to compare with; what its ``checkpoint.allow`` names may differ.
+        new: the configuration to compare with; what its ``checkpoint.allow`` names may differ, and where a run began (``init``)
+            does not matter any more.
 
     Returns:
         (dotted key, old value, new value); a key that one side lacks has None there.
@@ -315,5 +316,5 @@ def changed_keys(old: Mapping[str, Any], new: Config) -> list[tuple[str, Any, An
 
 
 def may_differ(key: str, config: Config) -> bool:
-    """Whether ``checkpoint.allow`` names a setting, or a section that it is in."""
-    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in config.checkpoint.allow)
+    """Whether ``checkpoint.allow`` names a setting, or a section that it is in; ``init`` always may."""
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in ("init", *config.checkpoint.allow))

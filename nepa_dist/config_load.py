@@ -62,7 +62,7 @@ def load_config(
     except ValidationError as error:
         problems += [_explain(item) for item in error.errors()]
     if config:
-        problems += cross_field_problems(config)
+        problems += [*cross_field_problems(config), *_allow_problems(config)]
     if config is None or problems:
         raise ConfigError(problems)
     return config
@@ -183,6 +183,16 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys += _all_keys(field.annotation, f"{prefix}{name}.")
     return keys
+
+
+def _allow_problems(config: Config) -> list[str]:
+    """Sentences about names in ``checkpoint.allow`` that are no setting, or that can never differ."""
+    known = {*_all_keys(Config), "data.source"}
+    problems = [f"--allow {key}: no such setting{nearest(key, known)}" for key in config.checkpoint.allow if key not in known]
+    if "global_batch_size" in config.checkpoint.allow:
+        reason = "the place in the data is counted in global batches; start a new run with --init"
+        problems.append(f"--allow global_batch_size: {reason}")
+    return problems
 
 
 def _explain(item: Any) -> str:

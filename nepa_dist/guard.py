@@ -77,7 +77,7 @@ def count_skip(state: TrainState, applied: bool, limit: int) -> None:
         )
 
 
-def count_saves(state: TrainState, written: int, failed: int, limit: int) -> None:
+def count_saves(state: TrainState, written: int, failed: int, limit: float) -> None:
     """Account for checkpoints whose writing has ended.
 
     Args:

@@ -1,4 +1,4 @@
-"""Memory of one rank by formula: what training keeps from step to step, and what backward needs. Imports no torch.
+r"""Memory of one rank by formula: what training keeps from step to step, and what backward needs. Imports no torch.
 
 State, with P parameters of 4 bytes, S = ``Config.state_shards`` and W the world size, in bytes:
 
@@ -6,14 +6,16 @@ State, with P parameters of 4 bytes, S = ``Config.state_shards`` and W the world
 engine     weights         fp32 weights of DeepSpeed  gradients       moments, average
 =========  ==============  =======================  ==============  ================
 ddp        4P              -                        4P              8P, 4P
-fsdp2      4P / S          -                        4P / S          8P / S, 4P / S
-hsdp       4P / S          -                        4P / S          8P / S, 4P / S
+fsdp2      4P / S          -                        4P / S *        8P / S, 4P / S
+hsdp       4P / S          -                        4P / S *        8P / S, 4P / S
 zero1      4P (bf16: 2P)   4P / W                   8P (bf16: 4P)   8P / W, 4P / W
 zero2      4P (bf16: 2P)   4P / W                   4P / W          8P / W, 4P / W
 zero3      as zero2, / W   4P / W                   4P / W + bucket 8P / W, 4P / W
 =========  ==============  =======================  ==============  ================
 
 ``bf16`` means precision ``bf16_params``; with ddp its copy of 2P lives during forward and backward, with fsdp2 that of a block.
+\* With accumulation fsdp2 and hsdp keep gradients whole, 4P, until the last micro-batch reduces them. Without
+``reshard_after_forward`` gathered weights add 4P (bf16: 2P) to fsdp2, hsdp and zero3.
 zero3 keeps a bucket of ``BUCKET_NUMEL`` numbers. ``tests/test_memory.py`` compares these with the tensors that are really held.
 
 Activations: 22 D + 6 H bytes per token and block with a gated MLP, 22 D + 4 H with a plain one, for bf16 and an attention that
@@ -32,17 +34,22 @@ BUCKET_NUMEL = 50_000_000
 """DeepSpeed reduces gradients in buckets of this many numbers."""
 
 
-def state_bytes(config: Config) -> dict[str, int]:
-    """Bytes that one rank holds for weights, gradients, moments and average, by what they are."""
+def state_bytes(config: Config, grad_accum_steps: int) -> dict[str, int]:
+    """Bytes that one rank holds for weights, gradients, moments and average, by what they are.
+
+    Args:
+        config: the run.
+        grad_accum_steps: micro-batches per update.
+    """
     engine, P = config.engine, presets.num_parameters(config.model)
     low = engine.precision == "bf16_params"
     zero = engine.name.startswith("zero")
     optimizer_shards = config.cluster.world_size if zero else config.state_shards
     weights = (2 if zero and low else 4) * P // config.state_shards
-    gradients = 4 * P // config.state_shards
+    gradients = 4 * P // (config.state_shards if grad_accum_steps == 1 else 1)
     if engine.name == "zero1":
         gradients = (4 if low else 8) * P
-    elif engine.name == "zero2":
+    elif zero:
         gradients = 4 * P // optimizer_shards
     rows = {"weights": weights}
     if zero:
@@ -52,6 +59,8 @@ def state_bytes(config: Config) -> dict[str, int]:
     rows |= {"gradients": gradients, "Adam moments": 8 * P // optimizer_shards}
     if config.optim.ema_decay is not None:
         rows["EMA"] = 4 * P // optimizer_shards
+    if engine.name in ("fsdp2", "hsdp", "zero3") and not engine.reshard_after_forward and config.state_shards > 1:
+        rows["gathered weights"] = (2 if low else 4) * P
     if engine.name == "zero3":
         rows["bucket of gradients"] = 4 * min(P, BUCKET_NUMEL)
     return rows

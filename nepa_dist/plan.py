@@ -113,7 +113,7 @@ def _engine_problems(config: Config) -> list[str]:
             "engine.compile with engine.name zero3: DeepSpeed gathers weights in hooks inside the block, which a compiled one "
             "does not call; use fsdp2, which shards as much, or compile: false"
         )
-    if zero and engine.deterministic and engine.device == "cuda":
+    if zero and engine.deterministic and engine.device != "cpu":
         problems.append("engine.deterministic with DeepSpeed: its bucketed reductions promise no order; use ddp or fsdp2")
     if engine.shard_size is not None and engine.name != "hsdp":
         problems.append(f"engine.shard_size has no effect with engine.name {engine.name}; it belongs to hsdp")

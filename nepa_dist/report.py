@@ -85,7 +85,7 @@ def _unknown_warmup(config: Config) -> str:
 
 
 def _memory_rows(config: Config, plan: Plan) -> list[tuple[str, str]]:
-    states = state_bytes(config)
+    states = state_bytes(config, plan.grad_accum_steps)
     activations = plan.micro_batch_size * activation_bytes(config, plan.num_tokens)
     engine = config.engine
     how = f"{plan.micro_batch_size} images, {engine.precision}, {'' if engine.compile else 'not '}compiled"

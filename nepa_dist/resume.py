@@ -51,7 +51,7 @@ def _continue(run: Run, path: Path) -> list[str]:
     # Rank 0 has just read every byte to verify it; the others need not.
     manifest, reader = run.store.open(path, check_digests=False)
     _refuse_other_settings(run, path, manifest.meta)
-    run.engine.load_named_state(reader)
+    run.engine.load_named_state(reader, keep_average=run.config.init.load == "weights+ema")
     run.state = replace(TrainState.from_dict(manifest.meta["state"]), restarts=run.state.restarts)
     return [f"continuing from {path}, step {run.state.step}"]
 
@@ -70,6 +70,8 @@ def _start_from(run: Run, source: Path) -> list[str]:
         _refuse_other_settings(run, path, manifest.meta)
         run.engine.load_named_state(reader)
         run.state = replace(TrainState.from_dict(manifest.meta["state"]), restarts=run.state.restarts)
+        if run.state.step >= run.plan.steps:
+            raise ConfigError([f"init.path: {path} is at the last step, {run.state.step}; give more steps, with --allow steps"])
     else:
         _refuse_other_model(run, path, manifest.meta)
         state = _partial(reader, what, keep_ema=run.config.optim.ema_decay is not None)
@@ -95,7 +97,10 @@ def _find(source: Path, notes: list[str]) -> Path:
         return source
     path = _newest(CheckpointStore(source / "checkpoints"), notes, "choose another init.path")
     if path is None:
-        raise ConfigError([f"init.path {source} is neither a checkpoint nor a run that has one"])
+        hint = f"; did you mean {source.absolute().parent}?" if source.name == "checkpoints" else ""
+        if (source / "model.safetensors").exists():
+            hint = "; it holds weights alone: convert with --what weights+ema, or name the run itself"
+        raise ConfigError([f"init.path {source} is neither a checkpoint nor a run that has one{hint}"])
     return path
 
 
@@ -113,10 +118,7 @@ def _newest(store: CheckpointStore, notes: list[str], advice: str) -> Path | Non
 
 def _refuse_other_settings(run: Run, path: Path, meta: Mapping[str, Any]) -> None:
     config = run.config
-    changed = changed_keys(meta["config"], config)
-    if run.config.run_dir.absolute() not in path.absolute().parents:  # another run's: how that one began does not matter
-        changed = [item for item in changed if not item[0].startswith("init.")]
-    problems = [f"{key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in changed]
+    problems = [f"{key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in changed_keys(meta["config"], config)]
     if meta["augment_version"] != AUGMENT_VERSION and not may_differ("data.augment", config):
         problems.append(f"data.augment: version {meta['augment_version']} in the checkpoint, {AUGMENT_VERSION} in this code")
     if meta["data_fingerprint"] != run.container.fingerprint and not may_differ("data.source", config):

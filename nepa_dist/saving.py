@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from nepa_dist.checkpoint.writer import CheckpointWriter, SaveResult
@@ -25,23 +26,26 @@ class Saver:
     Args:
         run: what is saved.
         reporter: told how long the loop stood still, how long the disk took, and what went wrong.
+        beat: called again and again while the loop waits for the disk, for at most ``engine.timeout_seconds``.
     """
 
-    def __init__(self, run: Run, reporter: Reporter) -> None:
-        self._run, self._reporter = run, reporter
+    def __init__(self, run: Run, reporter: Reporter, beat: Callable[[], None]) -> None:
+        self._run, self._reporter, self._beat = run, reporter, beat
         self._writer = CheckpointWriter(run.store) if run.world.is_main else None
         self._ended = Saves()
 
     def start(self) -> None:
-        """Copy the state as it is now and begin to write it. A collective."""
+        """Wait for the save before it, copy the state as it is now and begin to write it. A collective."""
         run, start = self._run, time.perf_counter()
+        self._wait_for_the_disk()
         entries = run.engine.named_state()
         if self._writer is None:
             for _ in entries:  # takes part in the collectives
                 pass
         else:
             meta = {
-                "state": run.state.to_dict(),
+                # Whoever reads this continues from a save that did not fail.
+                "state": run.state.to_dict() | {"consecutive_checkpoint_failures": 0},
                 "config": run.config.model_dump(mode="json"),
                 "config_digest": run.config.digest(),
                 "data_fingerprint": run.container.fingerprint,
@@ -62,6 +66,7 @@ class Saver:
     def wait(self) -> bool:
         """Wait for the save in flight; returns on all ranks whether it is on disk."""
         start = time.perf_counter()
+        self._wait_for_the_disk()
         saved = True
         if self._writer is not None:
             result = self._writer.wait()
@@ -72,6 +77,14 @@ class Saver:
         self._ended = Saves()
         self._reporter.stalled(time.perf_counter() - start)
         return saved
+
+    def _wait_for_the_disk(self) -> None:
+        """Wait for the write in flight, all ranks together: each collective is short, and the watchdog sees that all is well."""
+        start, timeout = time.monotonic(), 0.05
+        while self._run.world.gather(self._writer is not None and self._writer.busy(timeout))[0]:
+            timeout = min(2 * timeout, 2.0)
+            if time.monotonic() - start < self._run.config.engine.timeout_seconds:
+                self._beat()
 
     def close(self) -> None:
         """Finish the save in flight and free the copy of the state."""

@@ -6,6 +6,7 @@ formats in ``data``; the loop names none of them.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -89,10 +90,12 @@ def _run(config: Config, world: World, stop: StopFlag) -> int:
     loader = _open_loader(run)
     batches = iter(loader)  # forks the workers, before any thread is started
     reporter = Reporter(config, plan, world, run.state)
-    saver = Saver(run, reporter)
     watchdog = _watch(run)
+    saver = Saver(run, reporter, watchdog.beat)
     try:
         if run.state.step >= plan.steps:
+            for note in notes:
+                reporter.event(note)
             reporter.event(f"this run is finished: {config.run_dir} holds all {plan.steps} steps; nothing to do")
             code = EXIT_DONE
         else:
@@ -103,6 +106,8 @@ def _run(config: Config, world: World, stop: StopFlag) -> int:
     except RunAborted as error:  # on all ranks at the same step
         reporter.event(str(error))
         code = EXIT_FAILED
+        saver.close()
+        world.gather(None)  # a rank that has ended would make the launcher end this one, in the middle of a write
     finally:
         watchdog.close()
         loader.close()
@@ -124,12 +129,11 @@ def train(run: Run, batches: Iterator[Batch], reporter: Reporter, saver: Saver, 
         watchdog.beat(state.step)
         done = state.step >= plan.steps
         if done or stopping or state.step % config.checkpoint.every == 0:
-            stopping |= _settle(run, reporter, pending, bad)
+            stopping |= _settle(run, reporter, pending, bad, last=done)
             pending = None
             saver.start()
             if done or stopping:
-                with watchdog.pause():
-                    return _finish(run, reporter, done, saver.wait(), stop)
+                return _finish(run, reporter, done, saver.wait(), stop)
 
 
 def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFlag, saves: Saves) -> StepReport:
@@ -186,8 +190,11 @@ def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFl
     )
 
 
-def _settle(run: Run, reporter: Reporter, report: StepReport | None, bad: dict[str, str]) -> bool:
-    """Read a finished step's scalars, account for it, log it; returns whether any rank was asked to stop."""
+def _settle(run: Run, reporter: Reporter, report: StepReport | None, bad: dict[str, str], *, last: bool = False) -> bool:
+    """Read a finished step's scalars, account for it, log it; returns whether any rank was asked to stop.
+
+    After the ``last`` step, checkpoints that failed do not keep the run from trying once more.
+    """
     if report is None:
         return False
     values = report.read()
@@ -206,7 +213,8 @@ def _settle(run: Run, reporter: Reporter, report: StepReport | None, bad: dict[s
     reporter.count(report)
     every, ends = run.config.metrics.every, report.step == run.plan.steps
     try:
-        count_saves(run.state, int(written), int(failed), run.config.guard.max_consecutive_checkpoint_failures)
+        tolerated = math.inf if last else run.config.guard.max_consecutive_checkpoint_failures
+        count_saves(run.state, int(written), int(failed), tolerated)
         count_skip(run.state, applied, run.config.guard.max_consecutive_skips)
     except RunAborted:
         ends = True

@@ -131,9 +131,10 @@ class Watchdog:
         self._closing.set()
         self._thread.join()
         self._timers.stop()
+        empty = os.fstat(self._file.fileno()).st_size == 0
         self._file.close()
-        if self._path.stat().st_size == 0:
-            self._path.unlink()
+        if empty:
+            self._path.unlink(missing_ok=True)  # someone may have tidied up
 
     def _limit(self) -> float:
         """Seconds without a beat that are tolerated now."""

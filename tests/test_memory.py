@@ -18,8 +18,13 @@ CASES = [
     ("ddp", 1, {}),
     ("ddp", 2, {"precision": "bf16_params"}),
     ("fsdp2", 2, {}),
+    ("fsdp2", 2, {"accum": 2}),
     ("hsdp", 4, {"shard_size": 2}),
-    *((f"zero{stage}", 2, {"precision": precision}) for stage in (1, 2, 3) for precision in ("fp32", "bf16_params")),
+    *(
+        (f"zero{stage}", 2, {"precision": precision, "accum": 2})
+        for stage in (1, 2, 3)
+        for precision in ("fp32", "bf16_params")
+    ),
 ]
 
 
@@ -35,13 +40,13 @@ def held_bytes() -> int:
 
 
 def measure(name, options):
-    """Held between the last backward and the update, in the second step."""
-    ranks = dist.get_world_size()
+    """The most that is held after a backward of the second step."""
+    ranks, accum = dist.get_world_size(), options.pop("accum", 1)
     config = Config.model_validate(
         {
             "model": MODEL,
             "steps": 2,
-            "global_batch_size": 2 * ranks,
+            "global_batch_size": accum * ranks,
             "micro_batch_size": 1,
             "engine": {"name": name, "precision": "fp32", **options},
             "cluster": {"gpus_per_node": ranks},
@@ -52,16 +57,15 @@ def measure(name, options):
     engine = build_engine(task, config, make_plan(config, 10), torch.device("cpu"))
     for step in range(2):
         task.begin_step(step, observe=False)
-        for last in (False, True):
+        held = 0
+        for micro in range(accum):
             loss, logs = engine.model({"images": torch.zeros(1, 3, 32, 32)})
-            engine.backward(loss, last=last)
+            engine.backward(loss, last=micro == accum - 1)
             del loss, logs
-        if step == 0:
-            engine.step()
-    held = held_bytes() - before
-    engine.step()
+            held = max(held, held_bytes() - before)
+        engine.step()
     engine.close()
-    predicted = state_bytes(config)
+    predicted = state_bytes(config, accum)
     predicted.pop("bf16 copy of the weights", None)  # lives during forward and backward only
     return held, sum(predicted.values())
 

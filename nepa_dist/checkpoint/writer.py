@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import time
 from collections.abc import Mapping
@@ -79,6 +80,10 @@ class CheckpointWriter:
             for _ in stream:
                 pass
         return earlier
+
+    def busy(self, timeout: float) -> bool:
+        """Whether a write is still in flight after at most ``timeout`` seconds."""
+        return self._write is not None and bool(concurrent.futures.wait([self._write], timeout).not_done)
 
     def poll(self) -> SaveResult | None:
         """The result of a write that has ended, once; None while it runs. Never blocks."""

@@ -115,7 +115,10 @@ def copy_state(name: str, into: Mapping[str, Tensor], state: ParameterState) -> 
         StateMismatchError: a field is missing, left over or of another shape.
     """
     if set(into) != set(state):
-        raise StateMismatchError(f"{name}: the checkpoint holds {sorted(state)}, this run needs {sorted(into)}")
+        advice = (
+            "start from its weights instead (--load weights)" if "exp_avg" not in state else "set optim.ema_decay as it was"
+        )
+        raise StateMismatchError(f"{name}: the checkpoint holds {sorted(state)}, this run needs {sorted(into)}; {advice}")
     for field, tensor in into.items():
         if tensor.shape != state[field].shape:
             raise StateMismatchError(

@@ -61,6 +61,8 @@ def join_world(config: EngineConfig, world_size: int) -> World:
         raise ConfigError([f"WORLD_SIZE is {size}, but cluster.nodes x cluster.gpus_per_node is {world_size}"])
     device = _choose_device(config.device, local_rank)
     if device.type == "cuda":
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first call
         torch.use_deterministic_algorithms(config.deterministic)
         torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
     if size > 1 or config.name != "ddp":
