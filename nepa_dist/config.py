@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from nepa_dist.config_base import ConfigError, Decay, Positive, Section, nearest
+from nepa_dist.config_base import ConfigError, Decay, Section, nearest
+from nepa_dist.config_data import AugmentConfig, DataConfig
 from nepa_dist.config_model import ModelConfig, ObjectiveConfig
+from nepa_dist.config_task import EvaluateConfig, FinetuneConfig, SegmentConfig
 
 __all__ = [
     "AugmentConfig",
@@ -29,6 +31,8 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EngineConfig",
+    "EvaluateConfig",
+    "FinetuneConfig",
     "GuardConfig",
     "InitConfig",
     "MetricsConfig",
@@ -36,61 +40,11 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "Section",
+    "SegmentConfig",
     "changed_keys",
     "may_differ",
     "nearest",
 ]
-
-
-class AugmentConfig(Section):
-    """Random resized crop and flip (released: torchvision's defaults, bilinear with antialias)."""
-
-    crop: Literal["random_resized", "center"] = "random_resized"
-    """center: short side to the image size, then the middle; no randomness."""
-    scale: tuple[float, float] = (0.08, 1.0)
-    """Range of the crop's area over the image's area."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of the crop's width over height, drawn log-uniformly."""
-    flip: float = Field(0.5, ge=0, le=1)
-    """Probability of a horizontal flip."""
-
-    @model_validator(mode="after")
-    def _check(self) -> AugmentConfig:
-        problems = []
-        for name, (low, high), limit in (("scale", self.scale, 1.0), ("ratio", self.ratio, float("inf"))):
-            if not 0 < low <= high <= limit:
-                problems.append(f"{name} must be 0 < low <= high{' <= 1' if name == 'scale' else ''}, got {low}, {high}")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-
-class DataConfig(Section):
-    """Where images come from and how they are read."""
-
-    source: str | None = Field(None, min_length=1)
-    """``digits`` (embedded); a folder that ``python -m data_prep`` made, or its URL; or a folder of images:
-    ``train/<class>/*``, ``<class>/*`` or a flat one."""
-    expected_num_samples: int | None = Field(None, gt=0)
-    """Images in the training split, for a dry run where the data is out of reach. The counted number wins."""
-    augment: AugmentConfig = AugmentConfig()
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Subtracted on the device from pixels in [0, 1] (released)."""
-    std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
-    """Divided by, on the device (released)."""
-    num_workers: int | None = Field(None, ge=0)
-    """Loader processes per rank; default: the cores of this rank less one, at most 8. 0 loads in the trainer's process."""
-    prefetch_batches: int = Field(2, gt=0)
-    """Micro-batches each worker keeps ready."""
-    block_shards: int = Field(0, ge=0)
-    """0 mixes all samples. W > 0 reads from W shards of a prepared split at a time and mixes within them: for storage that is
-    slow at random reads."""
-    cache_dir: str | None = Field(None, min_length=1)
-    """Folder on this node for shards of a remote source (``s3://``, ``gs://``, ``https://``); default: in the temporary one."""
-    cache_gigabytes: float | None = Field(None, gt=0)
-    """Shards beyond this are removed again, those of longest ago first; default: keep all."""
-    max_bad_samples: int = Field(100, ge=0)
-    """Different unreadable images that a run survives, each replaced and named; one more ends it."""
 
 
 class OptimConfig(Section):
@@ -111,6 +65,16 @@ class OptimConfig(Section):
     """On parameters with two or more dimensions; biases, norms and LayerScale have none (paper)."""
     clip_grad_norm: float | None = Field(1.0, gt=0)
     """Largest global L2 norm of the gradient (released)."""
+    schedule: Literal["cosine", "poly"] = "cosine"
+    """After the warm-up: half a cosine (paper), or a polynomial of power 1, a straight line (segmentation)."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each block has this times the learning rate of the block above it; 1 is off. For fine-tuning and segmentation."""
+    layer_decay_schedule: Literal["linear", "fixed"] = "linear"
+    """linear: the decay rises to 1 over the run (paper, appendix E.4); fixed: it stays (released)."""
+    layer_warmup: bool = False
+    """Warm-up of a block with factor f takes 1 - f of the warm-up steps: none at the top, nearly all at the bottom (released)."""
+    head_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the classifier and the last norm, as it is, not per 256 images (released: 1e-3); null: as the rest."""
     ema_decay: float | None = Field(0.9999, gt=0, lt=1)
     """Decay per step of the moving average of the weights (paper); null keeps none."""
 
@@ -199,6 +163,8 @@ class MetricsConfig(Section):
     """Steps between two lines."""
     collapse_every: int = Field(50, gt=0)
     """Steps between two readings of the collapse gauges."""
+    knn_every: int | None = Field(None, gt=0)
+    """Steps between two k-NN probes of the averaged weights during pretraining, beside the loop; null: none."""
     prometheus: bool = True
     """Serve the metrics over HTTP from rank 0."""
     prometheus_address: str = "127.0.0.1"
@@ -224,7 +190,7 @@ class ClusterConfig(Section):
 class Config(Section):
     """One run."""
 
-    task: Literal["pretrain"] = "pretrain"
+    task: Literal["pretrain", "finetune", "segment"] = "pretrain"
     name: str = "pretrain"
     """Name of the run; its folder is run_root/name."""
     run_root: str = "runs"
@@ -240,6 +206,9 @@ class Config(Section):
     """Images per forward pass of one rank; default: the largest divisor of the rank's share that is at most 128."""
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    segment: SegmentConfig = SegmentConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
@@ -263,6 +232,21 @@ class Config(Section):
         return Path(self.run_root) / self.name
 
     @property
+    def num_classes(self) -> int | None:
+        """Classes of the head, if the task has one and they are given."""
+        return {"finetune": self.finetune.num_classes, "segment": self.segment.num_classes}.get(self.task)
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees only itself and earlier ones in this task."""
+        return {"finetune": self.finetune.causal, "segment": self.segment.causal}.get(self.task, self.objective.causal)
+
+    @property
+    def drops_last_token(self) -> bool:
+        """Whether the last patch is left out of the blocks; only pretraining does without it."""
+        return self.task == "pretrain" and self.objective.drops_last_token
+
+    @property
     def state_shards(self) -> int:
         """Ranks that share one copy of weights, gradients and optimizer state."""
         if self.engine.name == "hsdp":
@@ -282,17 +266,21 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-_NOT_IDENTITY = {"name", "run_root", "cluster", "checkpoint", "metrics", "guard", "micro_batch_size"}
+_NOT_IDENTITY = {"name", "run_root", "cluster", "checkpoint", "evaluate", "metrics", "guard", "micro_batch_size"}
 _NOT_IDENTITY |= {f"data.{key}" for key in DataConfig.model_fields if key not in ("augment", "block_shards", "mean", "std")}
 # Every engine gives the same numbers; a run may move between them.
 _NOT_IDENTITY |= {f"engine.{key}" for key in EngineConfig.model_fields if key not in ("precision", "reduce_dtype")}
 
 
+_SECTION_OF_TASK = {"pretrain": "objective", "finetune": "finetune", "segment": "segment"}
+
+
 def _identity(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
+    others = set() if prefix else set(_SECTION_OF_TASK.values()) - {_SECTION_OF_TASK[values["task"]]}
     for name, value in values.items():
         key = f"{prefix}{name}"
-        if key in _NOT_IDENTITY:
+        if key in _NOT_IDENTITY | others:
             continue
         flat |= _identity(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
     return flat

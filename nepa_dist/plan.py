@@ -48,7 +48,7 @@ def make_plan(config: Config, num_samples: int) -> Plan:
         micro_batch_size=micro,
         grad_accum_steps=share // micro,
         peak_lr=_peak_lr(config),
-        num_tokens=1 + config.model.num_patches - config.objective.drops_last_token,
+        num_tokens=1 + config.model.num_patches - config.drops_last_token,
     )
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 PACKAGES = ("nepa_dist", "jobs", "data_prep")
 
-_SETTINGS = {"config", "plan", "presets"}  # config_base and config_model are reached through config
+_SETTINGS = {"config", "plan", "presets"}  # config_base, config_data, ... are reached through config
 _LOOP = (
     _SETTINGS
     | {"checkpoint", "data", "engines", "guard", "keyed", "metrics", "optim"}
@@ -64,7 +64,8 @@ ARROWS: dict[str, set[str]] = {
     "metrics": {"config", "presets"},
     "config_load": _SETTINGS,
     "plan": {"config", "presets"},
-    "config": {"config_base", "config_model", "config_task", "presets"},
+    "config": {"config_base", "config_data", "config_model", "config_task", "presets"},
+    "config_data": {"config_base"},
     "config_model": {"config_base", "presets"},
     "config_task": {"config_base"},
     "config_base": set(),

@@ -37,6 +37,10 @@ class Started:
         self.calls.append((run_dir, world_size, load_config([run_dir / "config.yaml"])))
         return self.code
 
+    def save(self) -> None:
+        """As if the last run had saved a checkpoint."""
+        (self.calls[-1][0] / "checkpoints" / "step-00000001").mkdir(parents=True)
+
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Started:
@@ -153,6 +157,7 @@ def test_the_same_command_resumes_and_reporting_may_change(started: Started, cap
 def test_other_settings_in_the_same_folder_are_refused_key_by_key(started: Started, refused: Refused) -> None:
     command = ("vit_tiny", "--data", "digits")
     submit_ok(*command)
+    started.save()
     saved = (started.calls[0][0] / "config.yaml").read_text()
     text = refused(*command, "--set", "optim.base_lr=1", "--set", "objective.shift=false", "--set", "metrics.every=77")
     assert "optim.base_lr: 0.008 -> 1.0" in text
@@ -264,6 +269,7 @@ def test_a_dry_run_tells_a_resumed_folder_and_refuses_other_settings(
     submit_ok(*command)
     submit_ok(*command, "--dry-run")
     assert "would be resumed" in capsys.readouterr().out
+    started.save()
     assert "seed: 1337 -> 3" in refused(*command, "--set", "seed=3", "--dry-run")
 
 

@@ -59,7 +59,7 @@ class _Numbers:
         self._at(k)
         assert pixels.masks is not None
         pixels.images[:], pixels.masks[:] = k, k + 1
-        return Filled([k, k], [k, k], [], k)
+        return Filled([k, k], [k, k], [], k, [])
 
 
 def test_batches_that_are_kept_are_never_overwritten() -> None:

@@ -64,8 +64,10 @@ class CropTransform:
     ) -> tuple[NDArray[np.uint8], Mask | None]:
         """See :class:`Transform`."""
         crop = _crop(pixels.shape[1], pixels.shape[0], self._config, seed, epoch, sample_id)
-        cut = _cut_center if self._config.crop == "center" else _cut_random
-        image = cut(pixels, crop, image_size, self._interpolation)
+        if self._config.crop == "center":
+            image = cut_center(pixels, image_size, interpolation=self._interpolation)
+        else:
+            image = _cut_random(pixels, crop, image_size, self._interpolation)
         return image, None if mask is None else _cut_mask(mask, crop, image_size)
 
 
@@ -170,6 +172,30 @@ def augment_mask(mask: Mask, config: AugmentConfig, *, image_size: int, seed: in
     return _cut_mask(mask, _crop(mask.shape[1], mask.shape[0], config, seed, epoch, sample_id), image_size)
 
 
+def cut_center(
+    image: NDArray[np.uint8], size: int, *, resize_to: float = 1.0, squash: bool = False, interpolation: Interpolation = "bicubic"
+) -> NDArray[np.uint8]:
+    """Resize an image, short side to ``resize_to`` x S, and keep its centre.
+
+    Args:
+        image: uint8 [H, W, 3].
+        size: S, pixels.
+        resize_to: at least 1.
+        squash: resize to a square of that side instead, so that the aspect ratio changes.
+        interpolation: Pillow's, with antialias.
+
+    Returns:
+        uint8 [S, S, 3].
+    """
+    height, width = image.shape[:2]
+    share = size / round(size * resize_to)  # of the resized image that is kept
+    kept_width, kept_height = (width * share, height * share) if squash else (min(width, height) * share,) * 2
+    left, top = (width - kept_width) / 2, (height - kept_height) / 2
+    box = (left, top, left + kept_width, top + kept_height)
+    # One resize from the part that is kept: the rest is never resized.
+    return np.asarray(Image.fromarray(image).resize((size, size), _PILLOW[interpolation], box=box))
+
+
 def _crop(width: int, height: int, config: AugmentConfig, seed: int, epoch: int, sample_id: int) -> _Crop:
     if config.crop == "center":
         side = min(width, height)
@@ -201,12 +227,6 @@ def _cut_random(image: NDArray[np.uint8], crop: _Crop, size: int, interpolation:
     resized = resize(image[y : y + crop.height, x : x + crop.width], size, size, interpolation)
     # torch mirrors 20 times faster than numpy copies a reversed view.
     return torch.from_numpy(resized).flip(1).numpy() if crop.flip else resized
-
-
-def _cut_center(image: NDArray[np.uint8], crop: _Crop, size: int, interpolation: Interpolation) -> NDArray[np.uint8]:
-    # One resize from the central square: the long side is never resized in full, whatever the aspect ratio.
-    box = (crop.x, crop.y, crop.x + crop.width, crop.y + crop.height)
-    return np.asarray(Image.fromarray(image).resize((size, size), _PILLOW[interpolation], box=box))
 
 
 def _cut_mask(mask: Mask, crop: _Crop, size: int) -> Mask:

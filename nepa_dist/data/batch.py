@@ -41,6 +41,8 @@ class Batch:
     """uint8 [B, S, S], the class of each pixel, if the loader was asked for masks."""
     digest: int = 0
     """Of ids, sizes and augmentation keys; see :func:`add_digests`."""
+    erasings: NDArray[np.int64] | None = None
+    """[B, 5], the rectangle of each image that becomes noise; see :mod:`nepa_dist.data.erasing`. None: none does."""
 
 
 def add_digests(*digests: int) -> int:
@@ -91,6 +93,8 @@ class Filled(NamedTuple):
     ids: list[int]
     bad: list[BadSample]
     digest: int
+    erasings: list[tuple[int, int, int, int, int]]
+    """Empty, or one for each row."""
 
 
 def pixels_in(memory: NDArray[np.uint8], shape: BatchShape) -> Pixels:
@@ -117,4 +121,5 @@ def make_batch(pixels: Pixels, filled: Filled, *, pin: bool) -> Batch:
     num = len(filled.ids)
     labels, ids = (torch.tensor(values, dtype=torch.int64, pin_memory=pin) for values in (filled.labels, filled.ids))
     masks = None if pixels.masks is None else torch.from_numpy(pixels.masks[:num])
-    return Batch(torch.from_numpy(pixels.images[:num]), labels, ids, tuple(filled.bad), masks, filled.digest)
+    erasings = np.array(filled.erasings, np.int64) if filled.erasings else None
+    return Batch(torch.from_numpy(pixels.images[:num]), labels, ids, tuple(filled.bad), masks, filled.digest, erasings)

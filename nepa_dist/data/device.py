@@ -10,6 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
+from nepa_dist.data.erasing import erase
 from nepa_dist.data.loader import Batch
 
 
@@ -28,7 +29,7 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 
 def to_device(batch: Batch, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Tensor]:
-    """Move a batch to the device and normalise it there; pinned memory is copied without waiting.
+    """Move a batch to the device, normalise it there and paint what is erased; pinned memory is copied without waiting.
 
     Args:
         batch: from a loader.
@@ -40,7 +41,10 @@ def to_device(batch: Batch, device: torch.device, mean: tuple[float, ...], std: 
     """
     pinned = batch.images.is_pinned()
     images, labels, ids = (tensor.to(device, non_blocking=pinned) for tensor in (batch.images, batch.labels, batch.ids))
-    moved = {"images": normalize(images, mean, std), "labels": labels, "ids": ids}
+    pixels = normalize(images, mean, std)
+    if batch.erasings is not None:
+        erase(pixels, batch.erasings)
+    moved = {"images": pixels, "labels": labels, "ids": ids}
     return moved if batch.masks is None else moved | {"masks": batch.masks.to(device, non_blocking=pinned)}
 
 

@@ -21,6 +21,7 @@ from nepa_dist.data.augment import AUGMENT_VERSION, CropTransform, Mask, Transfo
 from nepa_dist.data.batch import BadSample, Batch, BatchShape, Filled, Pixels, add_digests, batch_digest
 from nepa_dist.data.containers import Container, DataError
 from nepa_dist.data.decode import BadImage, decode_image
+from nepa_dist.data.erasing import draw_erasing
 from nepa_dist.data.order import BlockOrder, Order, fold, micro_batch_positions
 from nepa_dist.data.workers import BatchSource, WorkerPool, batches_here
 
@@ -207,6 +208,7 @@ class _Samples:
         self.shape = shape
         self._transform = CropTransform(config) if transform is None else transform
         self._seed = seed
+        self._erase_probability = config.erase_probability
         settings = hashlib.blake2b(config.model_dump_json().encode(), digest_size=8).digest()
         self._key = fold(seed, AUGMENT_VERSION, shape.image_size, int.from_bytes(settings, "little"))
 
@@ -221,6 +223,11 @@ class _Samples:
         )
         # Key and size decide the crop and the flip, so their hash stands for them.
         rows.add(image, mask, sample.label, sample_id, fold(self._key, epoch, sample_id, height, width))
+        if self._erase_probability:
+            size, chance = self.shape.image_size, self._erase_probability
+            rows.erasings.append(
+                draw_erasing(size, size, seed=self._seed, epoch=epoch, sample_id=sample_id, probability=chance)
+            )
 
     def _mask(self, mask: Mask | None, size: tuple[int, int]) -> Mask | None:
         if not self.shape.masks:
@@ -238,6 +245,7 @@ class _Rows:
     def __init__(self, pixels: Pixels) -> None:
         self._pixels = pixels
         self.bad: list[BadSample] = []
+        self.erasings: list[tuple[int, int, int, int, int]] = []
         self._labels: list[int] = []
         self._ids: list[int] = []
         self._digests: list[int] = []
@@ -254,7 +262,7 @@ class _Rows:
         self._digests.append(digest)
 
     def filled(self) -> Filled:
-        return Filled(self._labels, self._ids, self.bad, add_digests(*self._digests))
+        return Filled(self._labels, self._ids, self.bad, add_digests(*self._digests), self.erasings)
 
 
 class _TrainBatches:
