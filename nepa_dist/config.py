@@ -72,9 +72,9 @@ class OptimConfig(Section):
     layer_decay_schedule: Literal["linear", "fixed"] = "linear"
     """linear: the decay rises to 1 over the run (paper, appendix E.4); fixed: it stays (released)."""
     layer_warmup: bool = False
-    """Warm-up of a block with factor f takes 1 - f of the warm-up steps: none at the top, nearly all at the bottom (released)."""
+    """A block with factor f warms up in 1 - f of the warm-up steps: none at the top, nearly all at the bottom (released)."""
     head_lr: float | None = Field(None, gt=0)
-    """Peak learning rate of the classifier and the last norm, as it is, not per 256 images (released: 1e-3); null: as the rest."""
+    """Peak learning rate of the classifier and the last norm, not per 256 images (released: 1e-3); null: as the rest."""
     ema_decay: float | None = Field(0.9999, gt=0, lt=1)
     """Decay per step of the moving average of the weights (paper); null keeps none."""
 

@@ -68,11 +68,21 @@ class SegmentConfig(Section):
     eval_flip: bool = False
     """Average with the mirrored image as well."""
 
+    def taps_of(self, depth: int) -> tuple[int, int, int, int]:
+        """Taps in effect for a backbone of ``depth`` blocks."""
+        return self.taps or (depth // 4 - 1, depth // 2 - 1, 3 * depth // 4 - 1, depth - 1)
+
+    def stride_of(self, crop: int) -> int:
+        """Stride in effect for windows of ``crop`` pixels."""
+        return self.stride or max(1, 2 * crop // 3)
+
     @model_validator(mode="after")
     def _check(self) -> SegmentConfig:
         low, high = self.scale_range
         if not 0 < low <= high:
             raise ValueError(f"scale_range must be 0 < low <= high, got {low}, {high}")
+        if self.taps is not None and not 0 <= self.taps[0] <= self.taps[1] <= self.taps[2] <= self.taps[3]:
+            raise ValueError(f"taps are block numbers from 0 that do not go back, got {list(self.taps)}")
         if not self.eval_scales:
             raise ValueError("eval_scales is empty; [1.0] evaluates the image as it is")
         return self

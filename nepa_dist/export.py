@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nepa_dist.config import ModelConfig
+from nepa_dist.config import FinetuneConfig, ModelConfig
 from nepa_dist.heads.classifier import Pool
 from nepa_dist.tasks.finetune import FinetuneTask
 from nepa_dist.tasks.pretrain import PretrainTask
@@ -57,7 +57,8 @@ def load_official(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -
     task: OfficialTask
     if "classifier.weight" in state:
         pool: Pool = "mean" if config.get("add_pooling_layer", True) else "last"
-        task = FinetuneTask(model, len(state["classifier.weight"]), pool=pool, causal=bool(config.get("is_causal", True)))
+        num_classes, causal = len(state["classifier.weight"]), bool(config.get("is_causal", True))
+        task = FinetuneTask(model, FinetuneConfig(num_classes=num_classes, pool=pool, causal=causal))
     else:
         task = PretrainTask(model)
     table = _key_table(task)

@@ -13,20 +13,31 @@ from nepa_dist.config import OptimConfig
 from nepa_dist.plan import Plan
 
 
-def learning_rate(step: int, plan: Plan, optim: OptimConfig) -> float:
-    """Linear warm-up from 0, then a half cosine down to ``min_lr``.
+def learning_rate(step: int, plan: Plan, optim: OptimConfig, layer: int = 0) -> float:
+    """Linear warm-up from 0, then half a cosine or a straight line down to ``min_lr``, less for lower layers.
+
+    With a decay d, layer k below the head has d^k times the rate. The decay stays, or rises linearly to 1 over the run (paper,
+    appendix E.4: 0.35 to 1 for B, 0.60 to 1 for L). With ``layer_warmup`` a layer of factor f warms up in 1 - f of the steps,
+    at least one (released code).
 
     Args:
         step: number of finished updates, 0 for the first one. As in the released recipe the very first update of a
             warm-up has learning rate 0.
         plan: steps, warm-up and peak.
-        optim: ``min_lr``.
+        optim: schedule, ``min_lr``, decay.
+        layer: how many times the decay applies; -1 is what has the rate of the head, where one is given.
     """
-    if step < plan.warmup_steps:
-        return plan.peak_lr * step / plan.warmup_steps
-    progress = (step - plan.warmup_steps) / max(1, plan.steps - plan.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return optim.min_lr + (plan.peak_lr - optim.min_lr) * cosine
+    decay = optim.layer_decay
+    if optim.layer_decay_schedule == "linear":
+        decay += (1 - decay) * step / plan.steps
+    factor = decay ** max(layer, 0)
+    peak = optim.head_lr if layer < 0 and optim.head_lr is not None else plan.peak_lr
+    warmup = max(1, round(plan.warmup_steps * (1 - factor))) if optim.layer_warmup else plan.warmup_steps
+    if step < warmup:
+        return factor * peak * step / warmup
+    progress = min((step - warmup) / max(1, plan.steps - warmup), 1.0)
+    shape = 1 - progress if optim.schedule == "poly" else 0.5 * (1 + math.cos(math.pi * progress))
+    return factor * (optim.min_lr + (peak - optim.min_lr) * shape)
 
 
 def param_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -93,6 +93,7 @@ def cross_field_problems(config: Config) -> list[str]:
         problems.append(f"objective.mask_ratio {objective.mask_ratio} masks {which} of the {patches} patches")
     problems += _warmup_problems(config, config.steps)
     problems += _engine_problems(config)
+    problems += _task_problems(config)
     if config.cluster.world_size % config.state_shards:
         problems.append(f"engine.shard_size {config.state_shards} does not divide the world size {config.cluster.world_size}")
     peak = _peak_lr(config)
@@ -100,6 +101,30 @@ def cross_field_problems(config: Config) -> list[str]:
         problems.append(f"optim.min_lr {optim.min_lr:g} is more than the peak learning rate {peak:g} (base_lr x batch / 256)")
     if config.model.in_channels != 3:
         problems.append(f"model.in_channels {config.model.in_channels}: the data loader makes RGB images, so training needs 3")
+    return problems
+
+
+def _task_problems(config: Config) -> list[str]:
+    """Sentences about settings of the task that do not fit the model."""
+    model, segment, problems = config.model, config.segment, []
+    if config.task == "segment":
+        if segment.taps is None and model.depth < 4:
+            problems.append(f"segment.taps: a backbone of {model.depth} blocks has no quarters; name four blocks")
+        elif max(segment.taps_of(model.depth)) >= model.depth:
+            problems.append(f"segment.taps {list(segment.taps or ())}: the model has blocks 0 to {model.depth - 1}")
+        if segment.stride_of(model.image_size) > model.image_size:
+            problems.append(
+                f"segment.stride {segment.stride} is more than the crop {model.image_size}: pixels would be left out"
+            )
+        if segment.num_classes is not None and segment.num_classes > 255:
+            problems.append(f"segment.num_classes {segment.num_classes}: masks are bytes and 255 is ignored, so at most 255")
+    optim = config.optim
+    if optim.layer_warmup and (optim.layer_decay == 1 or optim.layer_decay_schedule != "fixed"):
+        problems.append("optim.layer_warmup needs optim.layer_decay below 1 and optim.layer_decay_schedule: fixed")
+    if config.task == "pretrain" and optim.layer_decay < 1:
+        problems.append("optim.layer_decay is for fine-tuning and segmentation; in pretraining all layers learn alike")
+    if config.metrics.knn_every is not None and config.task != "pretrain":
+        problems.append(f"metrics.knn_every is for pretraining; {config.task} is measured by its own validation")
     return problems
 
 

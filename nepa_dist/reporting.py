@@ -128,6 +128,11 @@ class Reporter:
         self._stall_seconds = seconds
         self._window_start += seconds
 
+    def validated(self, step: int, values: Mapping[str, float], seconds: float) -> None:
+        """Log the scores of a validation, and keep the time it took out of the speed of the next interval."""
+        self._meter.log(step, values)
+        self._window_start += seconds
+
     def saved(self, seconds: float) -> None:
         """Note how long the newest checkpoint took to be written, in the background."""
         self._checkpoint_seconds = seconds

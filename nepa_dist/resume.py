@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from nepa_dist.checkpoint.portable import CheckpointError, PartialState, StateReader
 from nepa_dist.checkpoint.store import CheckpointStore
-from nepa_dist.config import ConfigError, changed_keys, may_differ
+from nepa_dist.config import Config, ConfigError, changed_keys, may_differ
 from nepa_dist.data.augment import AUGMENT_VERSION
 from nepa_dist.run import Run
 from nepa_dist.run_folder import count_starts
@@ -42,9 +42,14 @@ def begin(run: Run) -> list[str]:
     path = run.world.gather(path)[0]
     if path is not None:
         return [*notes, *_continue(run, path)]
-    if run.config.init.path is not None:
+    if run.config.init.path is not None and not begins_with_transfer(run.config):
         return [*notes, *_start_from(run, Path(run.config.init.path))]
     return notes
+
+
+def begins_with_transfer(config: Config) -> bool:
+    """Whether a new run takes its weights from another model, before an engine cuts its own (:mod:`nepa_dist.transfer`)."""
+    return config.init.path is not None and config.task != "pretrain" and config.init.load in ("weights", "ema")
 
 
 def _continue(run: Run, path: Path) -> list[str]:

@@ -7,6 +7,7 @@ runs/NAME/
   log.txt            what the run said, with times
   metrics.jsonl      one line per logged step
   checkpoints/       see nepa_dist.checkpoint.store
+  best/              fine-tuning and segmentation: the weights with the best score, and their results
   figures/           loss, gradient norm and collapse curves
   logs/              output of the other ranks
 ```
@@ -29,9 +30,14 @@ PACKAGES = ("torch", "numpy", "pillow", "safetensors", "scikit-learn", "pydantic
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: a reader sees the old or the new text, never a part."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same for any content."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -79,7 +79,7 @@ class Saver:
         return saved
 
     def _wait_for_the_disk(self) -> None:
-        """Wait for the write in flight, all ranks together: each collective is short, and the watchdog sees that all is well."""
+        """Wait for the write in flight, all ranks together: each collective is short, and the watchdog sees life."""
         start, timeout = time.monotonic(), 0.05
         while self._run.world.gather(self._writer is not None and self._writer.busy(timeout))[0]:
             timeout = min(2 * timeout, 2.0)

@@ -25,6 +25,12 @@ class TrainState:
     """Checkpoints that could not be written."""
     consecutive_checkpoint_failures: int = 0
     """The same, since the last one that was written."""
+    evaluated_step: int = 0
+    """Step of the newest validation."""
+    best_score: float | None = None
+    """Highest score of a validation so far."""
+    best_step: int = 0
+    """Its step; the weights are in the run's ``best`` folder."""
     bad_samples: dict[str, str] = field(default_factory=dict)
     """Unreadable images by name, with the reason."""
 

@@ -15,9 +15,11 @@ import torch
 
 from nepa_dist.checkpoint.store import CheckpointStore
 from nepa_dist.config import Config
+from nepa_dist.data.classes import resolve_classes
 from nepa_dist.data.containers import open_split
 from nepa_dist.data.device import to_device
 from nepa_dist.data.loader import Batch, TrainLoader, add_digests
+from nepa_dist.data.transforms import train_transform
 from nepa_dist.engines.base import build_engine
 from nepa_dist.engines.mesh import World, join_world, leave_world
 from nepa_dist.guard import (
@@ -35,12 +37,14 @@ from nepa_dist.keyed import keyed_seed
 from nepa_dist.optim import learning_rate
 from nepa_dist.plan import make_plan
 from nepa_dist.reporting import Reporter, StepReport
-from nepa_dist.resume import begin
+from nepa_dist.resume import begin, begins_with_transfer
 from nepa_dist.run import Run
 from nepa_dist.run_folder import append_start, describe_start
 from nepa_dist.saving import Saver, Saves
 from nepa_dist.state import TrainState
 from nepa_dist.tasks.base import build_task
+from nepa_dist.transfer import transfer
+from nepa_dist.validation import Validator
 from nepa_dist.visualize import plot_curves
 from nepa_dist.watchdog import Watchdog
 
@@ -74,10 +78,8 @@ def main(config: Config) -> int:
 
 def _run(config: Config, world: World, stop: StopFlag) -> int:
     container = open_split(config.data, "train", image_size=config.model.image_size)
+    config = resolve_classes(config, container)
     plan = make_plan(config, len(container))
-    task = build_task(config)
-    num_parameters = sum(parameter.numel() for parameter in task.parameters())
-    engine = build_engine(task, config, plan, world.device)
     options = config.checkpoint
     store = CheckpointStore(
         config.run_dir / "checkpoints",
@@ -85,22 +87,30 @@ def _run(config: Config, world: World, stop: StopFlag) -> int:
         keep_every=options.keep_every,
         shard_bytes=options.shard_bytes,
     )
+    task = build_task(config)
+    notes = []
+    if begins_with_transfer(config) and not store.steps():  # before an engine cuts the model
+        assert config.init.path is not None
+        notes += str(transfer(task, config.init.path, ema=config.init.load == "ema")).splitlines()
+    num_parameters = sum(parameter.numel() for parameter in task.parameters())
+    engine = build_engine(task, config, plan, world.device)
     run = Run(config, plan, world, task, engine, store, TrainState(), container, num_parameters)
-    notes = begin(run)
+    notes += begin(run)
     loader = _open_loader(run)
     batches = iter(loader)  # forks the workers, before any thread is started
+    validator = None if config.task == "pretrain" else Validator(run, stop)
     reporter = Reporter(config, plan, world, run.state)
     watchdog = _watch(run)
     saver = Saver(run, reporter, watchdog.beat)
     try:
-        if run.state.step >= plan.steps:
+        if run.state.step >= plan.steps and not (validator and validator.pending):
             for note in notes:
                 reporter.event(note)
             reporter.event(f"this run is finished: {config.run_dir} holds all {plan.steps} steps; nothing to do")
             code = EXIT_DONE
         else:
             _announce(run, reporter, notes)
-            code = train(run, batches, reporter, saver, stop, watchdog)
+            code = train(run, batches, reporter, saver, stop, watchdog, validator)
             watchdog.close()
             _draw(run, reporter)
     except RunAborted as error:  # on all ranks at the same step
@@ -111,29 +121,46 @@ def _run(config: Config, world: World, stop: StopFlag) -> int:
     finally:
         watchdog.close()
         loader.close()
+        if validator is not None:
+            validator.close()
         saver.close()
         reporter.close()
     engine.close()
     return code
 
 
-def train(run: Run, batches: Iterator[Batch], reporter: Reporter, saver: Saver, stop: StopFlag, watchdog: Watchdog) -> int:
+def train(
+    run: Run,
+    batches: Iterator[Batch],
+    reporter: Reporter,
+    saver: Saver,
+    stop: StopFlag,
+    watchdog: Watchdog,
+    validator: Validator | None,
+) -> int:
     """Run updates until the last one or until a signal; returns the exit code."""
     config, plan, state = run.config, run.plan, run.state
     pending: StepReport | None = None
     bad: dict[str, str] = {}
+    stopping = False
     while True:
+        done = state.step >= plan.steps
+        validating = validator is not None and validator.pending
+        saving = done or stopping or (state.step % config.checkpoint.every == 0 and pending is not None)
+        if saving or validating:
+            stopping |= _settle(run, reporter, pending, bad, last=done)
+            pending = None
+        if validator is not None and validating and not stopping:
+            stopping = not validator.validate(reporter, watchdog.beat)
+        if saving or stopping:
+            saver.start()
+            if done or stopping:
+                finished = done and not (validator is not None and validator.pending)
+                return _finish(run, reporter, finished, saver.wait(), stop)
         report = update(run, batches, bad, stop, saver.take())
         stopping = _settle(run, reporter, pending, bad)
         pending = report
         watchdog.beat(state.step)
-        done = state.step >= plan.steps
-        if done or stopping or state.step % config.checkpoint.every == 0:
-            stopping |= _settle(run, reporter, pending, bad, last=done)
-            pending = None
-            saver.start()
-            if done or stopping:
-                return _finish(run, reporter, done, saver.wait(), stop)
 
 
 def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFlag, saves: Saves) -> StepReport:
@@ -147,28 +174,22 @@ def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFl
         saves: so does what became of its checkpoints.
     """
     config, plan, state, world = run.config, run.plan, run.state, run.world
-    lr = learning_rate(state.step, plan, config.optim)
     for group in run.engine.param_groups:
-        group["lr"] = lr
+        group["lr"] = learning_rate(state.step, plan, config.optim, group["layer"])
     observe = (state.step + 1) % config.metrics.collapse_every == 0
     run.task.train()
     run.task.begin_step(state.step, observe=observe)
     # Whatever draws random numbers on the device repeats them after a resume: nothing to save.
     torch.manual_seed(keyed_seed(config.seed, "step", state.step, world.rank))
     means: dict[str, torch.Tensor] = {}
-    known, data_wait, digest = len(bad), 0.0, 0
-    for micro in range(plan.grad_accum_steps):
-        start = time.perf_counter()
-        batch = next(batches)
-        data_wait += time.perf_counter() - start
-        digest = add_digests(digest, batch.digest)
-        bad.update({sample.name: sample.reason for sample in batch.bad if sample.name not in run.state.bad_samples})
-        inputs = to_device(batch, world.device, config.data.mean, config.data.std)
+    intake = _Intake(run, batches, bad)
+    for micro, (inputs, share) in enumerate(_weighted(run, intake)):
         loss, logs = run.engine.model(inputs)
-        run.engine.backward(loss, last=micro == plan.grad_accum_steps - 1)
+        run.engine.backward(loss if share is None else loss * share, last=micro == plan.grad_accum_steps - 1)
         for name, value in {"loss": loss, **logs}.items():
-            share = value.detach() / plan.grad_accum_steps
-            means[name] = means[name] + share if name in means else share
+            part = value.detach() * (1.0 if share is None else share) / plan.grad_accum_steps
+            means[name] = means[name] + part if name in means else part
+    lr = learning_rate(state.step, plan, config.optim)
     result = run.engine.step()
     state.advance(config.global_batch_size)
     return StepReport(
@@ -180,14 +201,52 @@ def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFl
         gauges=run.task.health(world.all_reduce) if observe else {},
         counts={
             "stop": stop.is_set,
-            "bad": len(bad) - known,
+            "bad": intake.num_bad,
             "saves_written": saves.written,
             "saves_failed": saves.failed,
-            "data_digest": digest & DIGEST_MASK,
+            "data_digest": intake.digest & DIGEST_MASK,
         },
-        data_wait=data_wait,
+        data_wait=intake.wait_seconds,
         observed=observe,
     )
+
+
+class _Intake:
+    """The micro-batches of one step, ready for the model, and what is known of them afterwards."""
+
+    def __init__(self, run: Run, batches: Iterator[Batch], bad: dict[str, str]) -> None:
+        self._run, self._batches, self._bad = run, batches, bad
+        self.wait_seconds, self.digest, self.num_bad = 0.0, 0, 0
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        run, accum = self._run, self._run.plan.grad_accum_steps
+        for micro in range(accum):
+            start = time.perf_counter()
+            batch = next(self._batches)
+            self.wait_seconds += time.perf_counter() - start
+            self.digest = add_digests(self.digest, batch.digest)
+            found = {sample.name: sample.reason for sample in batch.bad if sample.name not in run.state.bad_samples}
+            self.num_bad += len(found.keys() - self._bad.keys())
+            self._bad.update(found)
+            inputs = to_device(batch, run.world.device, run.config.data.mean, run.config.data.std)
+            yield run.task.prepare(inputs, step=run.state.step, micro_batch=run.world.rank * accum + micro)
+
+
+def _weighted(run: Run, intake: _Intake) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor | None]]:
+    """Micro-batches with a factor for their mean loss, such that the mean over the global batch is a mean over what counts.
+
+    Where micro-batches count differently, their weights must be known on all ranks before the first backward: so they are all
+    made ready first. Where all count the same the factor is None, and each is made when its turn comes.
+    """
+    plan, world = run.plan, run.world
+    if not run.task.weighs:
+        yield from ((inputs, None) for inputs in intake)
+        return
+    ready = list(intake)
+    weights = torch.stack([run.task.weight(inputs) for inputs in ready]).double()
+    total = world.all_reduce(weights.sum()).clamp(min=1)
+    shares = (weights * (world.world_size * plan.grad_accum_steps) / total).float()
+    yield from zip(ready, shares.unbind(), strict=True)
 
 
 def _settle(run: Run, reporter: Reporter, report: StepReport | None, bad: dict[str, str], *, last: bool = False) -> bool:
@@ -258,6 +317,9 @@ def _open_loader(run: Run) -> TrainLoader:
         num_steps=run.plan.steps,
         local_world_size=run.world.local_world_size,
         pin_memory=run.world.device.type == "cuda",
+        masks=run.config.task == "segment",
+        labels=run.config.task == "finetune",
+        transform=train_transform(run.config),
         block_shards=run.config.data.block_shards,
     )
 

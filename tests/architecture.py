@@ -18,7 +18,19 @@ _SETTINGS = {"config", "plan", "presets"}  # config_base, config_data, ... are r
 _LOOP = (
     _SETTINGS
     | {"checkpoint", "data", "engines", "guard", "keyed", "metrics", "optim"}
-    | {"reporting", "resume", "run", "run_folder", "saving", "state", "tasks", "visualize", "watchdog"}
+    | {
+        "reporting",
+        "resume",
+        "run",
+        "run_folder",
+        "saving",
+        "state",
+        "tasks",
+        "transfer",
+        "validation",
+        "visualize",
+        "watchdog",
+    }
 )
 ARROWS: dict[str, set[str]] = {
     "jobs": _SETTINGS
@@ -45,12 +57,14 @@ ARROWS: dict[str, set[str]] = {
     "run": _SETTINGS | {"checkpoint", "data", "engines", "state", "tasks"},
     "resume": _SETTINGS | {"checkpoint", "data", "run", "run_folder", "state"},
     "saving": _SETTINGS | {"checkpoint", "data", "reporting", "run", "run_folder", "state"},
+    "transfer": {"config", "export", "tasks", "trained"},
+    "validation": _SETTINGS | {"data", "engines", "guard", "reporting", "run", "run_folder", "tasks"},
     "watchdog": {"guard"},
     "reporting": _SETTINGS | {"engines", "metrics", "state"},
     "export": {"checkpoint", "config", "heads", "model", "tasks"},
     "report": _SETTINGS | {"data.containers", "memory"},
     "memory": {"config", "presets"},
-    "tasks": {"config", "heads", "keyed", "metrics.collapse", "model", "presets"},
+    "tasks": {"config", "data.mixup", "heads", "keyed", "metrics.collapse", "metrics.segmentation", "model", "presets"},
     "checkpoint": {"engines.base"},
     "engines": {"config", "optim", "plan"},
     "optim": {"config", "plan"},

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from nepa_dist.config import ModelConfig, ObjectiveConfig
+from nepa_dist.config import FinetuneConfig, ModelConfig, ObjectiveConfig
 from nepa_dist.export import OfficialFormatError, load_official, read_official, to_official, write_official
 from nepa_dist.tasks.finetune import FinetuneTask
 from nepa_dist.tasks.pretrain import PretrainTask
@@ -21,7 +21,7 @@ def official():
 
 
 def test_folder_round_trip(tmp_path):
-    task = FinetuneTask(MODEL, 7, pool="last", causal=True, seed=5).eval()
+    task = FinetuneTask(MODEL, FinetuneConfig(num_classes=7, pool="last", causal=True), seed=5).eval()
     torch.nn.init.normal_(task.head.linear.weight)
     write_official(task, tmp_path / "out")
     again = read_official(tmp_path / "out")

@@ -11,7 +11,7 @@ from images import image_folder
 from nepa_dist.checkpoint.convert import convert
 from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.checkpoint.store import CheckpointStore
-from nepa_dist.config import Config
+from nepa_dist.config import Config, FinetuneConfig
 from nepa_dist.export import write_official
 from nepa_dist.tasks.finetune import FinetuneTask
 from nepa_dist.tasks.pretrain import PretrainTask
@@ -134,7 +134,7 @@ def test_a_run_gets_a_picture_of_three_panels_and_three_queries(run, photo, caps
 
 def test_a_classifier_has_no_similarity_map(tmp_path, photo):
     write_official(TASK, tmp_path / "plain")
-    write_official(FinetuneTask(CONFIG.model, 3), tmp_path / "classifier")
+    write_official(FinetuneTask(CONFIG.model, FinetuneConfig(num_classes=3)), tmp_path / "classifier")
     sizes = []
     for name in ("plain", "classifier"):
         assert main([str(tmp_path / name), str(photo), "--query-patch", "7", "--out", str(tmp_path / name)]) == 0

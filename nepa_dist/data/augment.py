@@ -173,7 +173,12 @@ def augment_mask(mask: Mask, config: AugmentConfig, *, image_size: int, seed: in
 
 
 def cut_center(
-    image: NDArray[np.uint8], size: int, *, resize_to: float = 1.0, squash: bool = False, interpolation: Interpolation = "bicubic"
+    image: NDArray[np.uint8],
+    size: int,
+    *,
+    resize_to: float = 1.0,
+    squash: bool = False,
+    interpolation: Interpolation = "bicubic",
 ) -> NDArray[np.uint8]:
     """Resize an image, short side to ``resize_to`` x S, and keep its centre.
 

@@ -100,6 +100,7 @@ class TrainLoader(_Loader):
         local_world_size: ranks that share the cores of this process.
         pin_memory: give batches in page-locked memory (needs a GPU).
         masks: give the class masks too; a sample without one is a bad sample.
+        labels: a sample without a label is a bad sample.
         transform: what makes an image, and its mask, of a sample; default: the crop and flip of ``config.augment``.
         block_shards: 0 mixes all samples; W > 0 mixes within W shards at a time, see :class:`nepa_dist.data.order.BlockOrder`.
 
@@ -126,6 +127,7 @@ class TrainLoader(_Loader):
         local_world_size: int = 1,
         pin_memory: bool = False,
         masks: bool = False,
+        labels: bool = False,
         transform: Transform | None = None,
         block_shards: int = 0,
     ) -> None:
@@ -142,7 +144,7 @@ class TrainLoader(_Loader):
         workers = config.num_workers
         super().__init__(
             _TrainBatches(
-                _Samples(container, config.augment, transform, BatchShape(micro_batch_size, image_size, masks), seed),
+                _Samples(container, config.augment, transform, BatchShape(micro_batch_size, image_size, masks), seed, labels),
                 _order(container, seed, block_shards),
                 positions,
                 max(0, num_steps - start_step) * num_micros,
@@ -168,6 +170,8 @@ class EvalLoader(_Loader):
         pin_memory: give batches in page-locked memory (needs a GPU).
         masks: give the class masks too; a sample without one is a bad sample.
         transform: what makes an image, and its mask, of a sample; default: the centre, bilinear.
+        passes: how often an iteration gives all samples, one time after the other: workers that are forked before other
+            threads start can then serve many evaluations.
 
     Raises:
         RuntimeError: while iterating, if a worker was killed or failed.
@@ -185,12 +189,16 @@ class EvalLoader(_Loader):
         pin_memory: bool = False,
         masks: bool = False,
         transform: Transform | None = None,
+        passes: int = 1,
     ) -> None:
         workers = config.num_workers if num_workers is None else num_workers
+        ids = range(len(container)) if indices is None else indices
+        self.batches_per_pass = -(-len(ids) // batch_size)
         super().__init__(
             _EvalBatches(
                 _Samples(container, AugmentConfig(crop="center"), transform, BatchShape(batch_size, image_size, masks), seed=0),
-                range(len(container)) if indices is None else indices,
+                ids,
+                passes,
             ),
             num_workers=default_num_workers(1) if workers is None else workers,
             prefetch_batches=config.prefetch_batches,
@@ -202,9 +210,16 @@ class _Samples:
     """Reads, decodes and transforms single samples."""
 
     def __init__(
-        self, container: Container, config: AugmentConfig, transform: Transform | None, shape: BatchShape, seed: int
+        self,
+        container: Container,
+        config: AugmentConfig,
+        transform: Transform | None,
+        shape: BatchShape,
+        seed: int,
+        labels: bool = False,
     ) -> None:
         self.container = container
+        self._labels = labels
         self.shape = shape
         self._transform = CropTransform(config) if transform is None else transform
         self._seed = seed
@@ -215,6 +230,8 @@ class _Samples:
     def add(self, sample_id: int, epoch: int, rows: _Rows) -> None:
         """Make a sample into the next row. Raises BadImage or OSError, with the row still unused, if it cannot be used."""
         sample = self.container.read(sample_id)
+        if self._labels and sample.label < 0:
+            raise BadImage("it has no label")
         pixels = decode_image(sample.image) if isinstance(sample.image, bytes) else sample.image
         height, width = pixels.shape[:2]
         mask = self._mask(sample.mask, (height, width))
@@ -302,19 +319,21 @@ class _TrainBatches:
 
 
 class _EvalBatches:
-    """Batch k holds the k-th part of ``ids``."""
+    """Batch k of a pass holds the k-th part of ``ids``."""
 
-    def __init__(self, samples: _Samples, ids: Sequence[int]) -> None:
+    def __init__(self, samples: _Samples, ids: Sequence[int], passes: int) -> None:
         self.shape = samples.shape
         self._samples = samples
         self._ids = ids
+        self._per_pass = -(-len(ids) // self.shape.capacity)
+        self._passes = passes
 
     def __len__(self) -> int:
-        return -(-len(self._ids) // self.shape.capacity)
+        return self._per_pass * self._passes
 
     def fill(self, k: int, pixels: Pixels) -> Filled:
         rows = _Rows(pixels)
-        start = k * self.shape.capacity
+        start = k % self._per_pass * self.shape.capacity
         for sample_id in map(int, self._ids[start : start + self.shape.capacity]):
             try:
                 self._samples.add(sample_id, 0, rows)

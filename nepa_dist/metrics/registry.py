@@ -62,6 +62,16 @@ _TABLE = (
     Metric("applied", "gauge", "", "1 if the optimizer applied the step, 0 if the step was skipped."),
     Metric("skipped_steps_total", "counter", "steps", "Steps not applied because their gradient was not finite."),
     Metric("data_digest", "gauge", "", "Digest of the step's ids, crops and flips: equal in runs that saw the same data."),
+    Metric("aux_loss", "gauge", "", "Loss of segmentation's auxiliary head, before its weight."),
+    # Validation, of the averaged weights where there are any
+    Metric("eval_loss", "gauge", "", "Mean cross-entropy over the validation split."),
+    Metric("top1", "gauge", "ratio", "Share of validation images whose class is the first guess."),
+    Metric("top5", "gauge", "ratio", "Share of validation images whose class is among the first five guesses."),
+    Metric("miou", "gauge", "ratio", "Mean over the classes of intersection over union, on the validation split."),
+    Metric("macc", "gauge", "ratio", "Mean over the classes of the share of annotated pixels that are predicted right."),
+    Metric("aacc", "gauge", "ratio", "Share of annotated pixels that are predicted right."),
+    Metric("best_score", "gauge", "ratio", "Best top1 or miou of the run so far; these weights are in its folder best."),
+    Metric("eval_seconds", "gauge", "seconds", "Time that the newest validation took."),
     # Speed and memory
     Metric("images_per_second", "gauge", "images/second", "Images of all ranks per second, over the log interval."),
     Metric("step_seconds", "gauge", "seconds", "Wall time per step, mean over the log interval."),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+IGNORE = 255
+"""Label of pixels that count nowhere."""
 
-def segmentation_loss(logits: Tensor, target: Tensor, *, ignore: int = 255) -> tuple[Tensor, Tensor]:
+
+def segmentation_loss(logits: Tensor, target: Tensor, *, ignore: int = IGNORE) -> tuple[Tensor, Tensor]:
     """Sum of the cross-entropies of all labelled pixels, and how many these are.
 
     The mean over a batch that is split in any way is the sum of the sums over the sum of the counts. A mean of means would

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nepa_dist.config import ModelConfig, ObjectiveConfig
-from nepa_dist.keyed import keyed_seed, keyed_uniform
+from nepa_dist.keyed import keyed_seed
 from nepa_dist.metrics.collapse import AllReduce, collapse_metrics
-from nepa_dist.model import VisionTransformer, init_weights
+from nepa_dist.model import init_weights
 from nepa_dist.tasks.base import Task
 from nepa_dist.tasks.regularizers import random_directions, sigreg, vicreg
 
@@ -88,29 +88,20 @@ class PretrainTask(Task):
     """
 
     def __init__(self, model: ModelConfig, objective: ObjectiveConfig | None = None, *, seed: int = 0) -> None:
-        super().__init__()
+        super().__init__(model, seed=seed)
         self.objective = objective or ObjectiveConfig()
-        self.seed = seed
-        self.backbone = VisionTransformer(model, seed=seed)
         self.head = PretrainHead(model.embed_dim, self.objective.mask_ratio)
         init_weights(self.head, seed, std=model.init_std)
         self._observe = False
         self._observed: tuple[Tensor, Tensor, Tensor] | None = None
-        # A tensor and not a Python number: a new value each step must not recompile a compiled forward. Not a buffer: it
-        # follows from the step, so there is nothing for an engine to broadcast or save.
-        self.rope_scale = torch.ones(())
         self._draw_directions(0, torch.device("cpu"))
 
     def begin_step(self, step: int, *, observe: bool) -> None:
-        """See :meth:`Task.begin_step`; draws the step's RoPE rescale, one for all ranks and micro-batches."""
+        """See :meth:`Task.begin_step`."""
+        super().begin_step(step, observe=observe)
         self._observe, self._observed = observe, None
-        device = self.backbone.cls_token.device
         if self.objective.anti_collapse == "sigreg":
-            self._draw_directions(step, device)
-        if self.backbone.config.rope_rescale > 1:
-            uniform = torch.tensor(keyed_uniform(self.seed, "rope_scale", step))
-            scale = float(self.backbone.rope_scale_from(uniform))
-            self.rope_scale = torch.full((), scale, device=device)
+            self._draw_directions(step, self.backbone.cls_token.device)
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the NEPA loss of ``batch["images"]`` [B, 3, H, W]; see :meth:`Task.forward`."""
@@ -119,7 +110,7 @@ class PretrainTask(Task):
             batch["images"],
             causal=objective.causal,
             drop_last=objective.drops_last_token,
-            rope_scale=self.rope_scale.to(batch["images"].device) if self.training else None,
+            rope_scale=self._rope_scale(batch["images"].device),
             corrupt=self.head if objective.mask_ratio > 0 else None,
         )
         embed, hidden = features.embed, features.hidden

@@ -1,0 +1,41 @@
+"""How many classes the head has: as the configuration says, or as the data does."""
+
+from __future__ import annotations
+
+from nepa_dist.config import Config, ConfigError
+from nepa_dist.data.containers import Container
+
+
+def resolve_classes(config: Config, container: Container) -> Config:
+    """Fill in the number of classes and check that the data has what the task needs.
+
+    Args:
+        config: of a run.
+        container: its training split; one sample may be read.
+
+    Returns:
+        The same configuration; with ``num_classes`` of its task where that was left to the data.
+
+    Raises:
+        ConfigError: the data has no classes, no masks, or more classes than the configuration.
+        OSError: the first sample cannot be read.
+    """
+    if config.task == "pretrain":
+        return config
+    source, found = config.data.source, len(container.class_names)
+    if config.task == "segment" and container.read(0).mask is None:
+        hint = "prepare a folder with images/ and annotations/ (docs/data.md)"
+        raise ConfigError([f"data.source {source} has no masks, which segmentation needs: {hint}"])
+    given = config.num_classes
+    if config.task == "finetune" and found < 2:
+        raise ConfigError(
+            [f"data.source {source} has {found} classes; fine-tuning needs train/<class>/ folders or labelled shards"]
+        )
+    if given is None and found < 2:
+        raise ConfigError([f"segment.num_classes is not set, and data.source {source} has no class table: set it"])
+    if config.task == "finetune" and given is not None and given < found:
+        raise ConfigError([f"finetune.num_classes is {given}, but data.source {source} has {found} classes"])
+    if given is not None:
+        return config
+    section = getattr(config, config.task).model_copy(update={"num_classes": found})
+    return config.model_copy(update={config.task: section})

@@ -1,0 +1,196 @@
+"""Validation during training: every image once over all ranks, on a copy of the averaged weights, and the best weights so far.
+
+Each rank holds a whole copy of the model in evaluation mode while it lasts. So ranks need not do the same number of forwards,
+whatever engine trains: windows of large images and a split that does not divide by the ranks need no padding. Sums over ranks
+are exact counts.
+
+The best weights are written to ``RUN/best``: ``model.safetensors`` (whose metadata has step and score), ``config.json``,
+``results.json`` and ``per_class.csv``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from nepa_dist.config import Config
+from nepa_dist.data.batch import Batch
+from nepa_dist.data.containers import open_split
+from nepa_dist.data.device import to_device
+from nepa_dist.data.loader import EvalLoader
+from nepa_dist.data.transforms import eval_transform
+from nepa_dist.data.whole import WholeImages
+from nepa_dist.engines.base import Engine
+from nepa_dist.engines.mesh import World
+from nepa_dist.guard import StopFlag
+from nepa_dist.reporting import Reporter
+from nepa_dist.run import Run
+from nepa_dist.run_folder import write_bytes, write_text
+from nepa_dist.tasks.base import Scores, Task, build_task
+
+BEST = "best"
+"""Folder of the best weights, in the run's."""
+
+
+class Validator:
+    """Validates a run at its interval. Make it before threads are started: it forks the loader's workers.
+
+    Args:
+        run: what is validated; its state notes the results.
+        reporter: told the scores.
+        stop: asked between batches, so that a signal need not wait for the end of a long validation.
+        beat: called after each batch.
+
+    Raises:
+        DataError: the data has no validation split.
+    """
+
+    def __init__(self, run: Run, stop: StopFlag) -> None:
+        self._run, self._stop = run, stop
+        config, plan, world = run.config, run.plan, run.world
+        steps_per_epoch = plan.num_samples / config.global_batch_size
+        self._every = max(1, round(config.evaluate.every_epochs * steps_per_epoch))
+        self._container = open_split(config.data, "val", image_size=config.model.image_size)
+        self._ids = spread(len(self._container), config.evaluate.max_samples)[world.rank :: world.world_size]
+        self._batches: Iterator[Batch] | None = None
+        self._loader: EvalLoader | None = None
+        if config.task != "segment":
+            self._loader = EvalLoader(
+                self._container,
+                config.data,
+                image_size=config.model.image_size,
+                batch_size=config.evaluate.batch_size,
+                indices=self._ids,
+                pin_memory=world.device.type == "cuda",
+                transform=eval_transform(config),
+                passes=plan.steps // self._every + 2,
+            )
+            self._batches = iter(self._loader)
+
+    @property
+    def pending(self) -> bool:
+        """Whether the step that the run stands at is to be validated and has not been."""
+        step = self._run.state.step
+        due = step > 0 and (step % self._every == 0 or step >= self._run.plan.steps)
+        return due and self._run.state.evaluated_step < step
+
+    def validate(self, reporter: Reporter, beat: Callable[[], None]) -> bool:
+        """Score the averaged weights (the weights themselves where none are kept) and keep them if they are the best.
+
+        A collective.
+
+        Args:
+            reporter: told the scores.
+            beat: called after each batch.
+
+        Returns:
+            False if a signal came first: the scores are thrown away, and the step stays pending.
+
+        Raises:
+            ValueError: nothing could be scored.
+        """
+        run, state, start = self._run, self._run.state, time.perf_counter()
+        task = replica(run.config, run.engine, run.world)
+        sums, bad = self._measure(task, beat)
+        parts = run.world.gather((self._stop.is_set, {name: tensor.cpu() for name, tensor in sums.items()}, bad))
+        if any(stopped for stopped, _, _ in parts):
+            return False
+        total = add_up([part for _, part, _ in parts])
+        for name, reason in sorted({pair for _, _, found in parts for pair in found}):
+            reporter.event(f"left out of the validation: {name}: {reason}")
+        scores = task.score(total, self._container.class_names)
+        state.evaluated_step, score = state.step, scores.values[scores.main]
+        best = state.best_score is None or score > state.best_score
+        if best:
+            best = run.world.gather(self._keep(task, scores, reporter) if run.world.is_main else True)[0]
+        if best:
+            state.best_score, state.best_step = score, state.step
+        seconds = time.perf_counter() - start
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.values.items())
+        reporter.event(f"validation at step {state.step}: {shown}{' (best so far)' if best else ''}")
+        reporter.validated(
+            state.step, scores.values | {"best_score": state.best_score or 0.0, "eval_seconds": seconds}, seconds
+        )
+        return True
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._loader is not None:
+            self._loader.close()
+
+    def _measure(self, task: Task, beat: Callable[[], None]) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
+        config, device = self._run.config, self._run.world.device
+        sums: dict[str, Tensor] = {}
+        bad = []
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision != "fp32")
+        with torch.inference_mode(), autocast:
+            for batch in self._pass():
+                bad += [(sample.name, sample.reason) for sample in batch.bad]
+                if len(batch.ids):
+                    part = task.measure(to_device(batch, device, config.data.mean, config.data.std))
+                    sums = add_up([sums, part])
+                beat()
+                if self._stop.is_set:
+                    break
+        return sums, bad
+
+    def _pass(self) -> Iterator[Batch]:
+        if self._batches is None or self._loader is None:
+            yield from WholeImages(self._container, self._run.config, self._ids)
+            return
+        for _ in range(self._loader.batches_per_pass):
+            yield next(self._batches)
+
+    def _keep(self, task: Task, scores: Scores, reporter: Reporter) -> bool:
+        """Write the weights; returns whether that worked."""
+        run = self._run
+        folder, step = run.config.run_dir / BEST, run.state.step
+        content = "moving average of the weights" if run.config.optim.ema_decay is not None else "weights"
+        facts = {"format": "pt", "content": content, "step": str(step), scores.main: repr(scores.values[scores.main])}
+        facts |= {"config_digest": run.config.digest(), "data_fingerprint": run.container.fingerprint}
+        state = {name: tensor.contiguous() for name, tensor in task.state_dict().items()}
+        try:
+            folder.mkdir(exist_ok=True)
+            write_bytes(folder / "model.safetensors", safetensors.torch.save(state, facts))
+            write_text(folder / "config.json", json.dumps(run.config.model_dump(mode="json"), indent=2) + "\n")
+            write_text(folder / "per_class.csv", scores.per_class)
+            write_text(
+                folder / "results.json", json.dumps({"step": step, "weights": content, **scores.values}, indent=2) + "\n"
+            )
+        except OSError as error:
+            reporter.event(f"the best weights so far cannot be written to {folder}: {error}; training goes on")
+            return False
+        return True
+
+
+def replica(config: Config, engine: Engine, world: World) -> Task:
+    """A copy of the task in evaluation mode with the averaged weights, or the weights where none are kept. A collective."""
+    with torch.device("meta"):
+        task = build_task(config)
+    task = task.to_empty(device=world.device)
+    own = dict(task.named_parameters())
+    with torch.no_grad():
+        for name, state in engine.named_state():
+            own[name].copy_(state["ema"] if "ema" in state else state["weight"])
+    return task.eval()
+
+
+def spread(total: int, limit: int | None) -> Sequence[int]:
+    """At most ``limit`` of ``total`` indices, spread evenly (classes may be in order)."""
+    if limit is None or limit >= total:
+        return range(total)
+    return [i * total // limit for i in range(limit)]
+
+
+def add_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Sum tensors by name; a part may lack all of them."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, tensor in part.items():
+            total[name] = total[name] + tensor if name in total else tensor
+    return total
