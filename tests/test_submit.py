@@ -15,15 +15,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from jobs import cluster, submit
+from jobs import cluster, launch, options, submit
 from nepa_dist.config import Config
 from nepa_dist.config_load import load_config
 from nepa_dist.report import build_report
 
 CONFIGS = cluster.REPO_ROOT / "configs"
-RECIPES = submit.recipe_names("pretrain")
-DATA = submit.recipe_names("data")
-ABLATIONS = submit.recipe_names("ablate")
+RECIPES = options.recipe_names("pretrain")
+DATA = options.recipe_names("data")
+ABLATIONS = options.recipe_names("ablate")
 
 
 class Started:
@@ -178,7 +178,7 @@ def test_a_folder_with_unreadable_settings_is_refused(tmp_path: Path, refused: R
 
 def test_two_launchers_in_one_folder_are_refused(started: Started, refused: Refused, tmp_path: Path) -> None:
     submit_ok("vit_tiny", "--data", "digits", "--name", "busy")
-    with submit.locked(tmp_path / "runs" / "busy"):
+    with launch.locked(tmp_path / "runs" / "busy"):
         assert "going on" in refused("vit_tiny", "--data", "digits", "--name", "busy")
     submit_ok("vit_tiny", "--data", "digits", "--name", "busy")
 
@@ -313,7 +313,7 @@ def test_the_script_runs_from_any_folder_and_help_shows_examples(tmp_path: Path)
 
 
 def flat(path: Path) -> dict[str, Any]:
-    return dict(submit.flatten(yaml.safe_load(path.read_text())))
+    return dict(options.flatten(yaml.safe_load(path.read_text())))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -324,7 +324,7 @@ def test_every_recipe_works(recipe: str, data: str | None, started: Started) -> 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "pretrain").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_holds_only_what_differs_from_the_defaults(path: Path) -> None:
-    defaults = dict(submit.flatten(load_config().model_dump(mode="json")))
+    defaults = dict(options.flatten(load_config().model_dump(mode="json")))
     assert {key: value for key, value in flat(path).items() if defaults[key] == value} == {}
 
 
@@ -341,8 +341,8 @@ def test_every_line_of_a_recipe_cites_its_source(path: Path) -> None:
 def test_an_ablation_changes_a_recipe_by_its_own_keys_only(name: str, started: Started) -> None:
     path = CONFIGS / "ablate" / f"{name}.yaml"
     recipe = CONFIGS / "pretrain" / "vit_b.yaml"
-    before = dict(submit.flatten(load_config([recipe]).model_dump(mode="json")))
-    after = dict(submit.flatten(load_config([recipe, path]).model_dump(mode="json")))
+    before = dict(options.flatten(load_config([recipe]).model_dump(mode="json")))
+    after = dict(options.flatten(load_config([recipe, path]).model_dump(mode="json")))
     assert {key: value for key, value in after.items() if before[key] != value} == flat(path)
     submit_ok("vit_tiny", "--data", "digits", "--config", str(path), "--dry-run")
 
@@ -385,3 +385,20 @@ def test_the_report_estimates_gpu_hours() -> None:
     # 1.025e9 images at 830 images/s per GPU.
     assert float(found[1]) == pytest.approx(1.0249e9 / 830 / 3600, rel=5e-3)
     assert float(found[2]) == pytest.approx(float(found[1]) / 8, rel=1e-2)
+
+
+@pytest.mark.parametrize(("words", "expected"), [([], "COMMAND"), (["pretrian", "x"], "did you mean 'pretrain'")])
+def test_a_command_that_does_not_exist_is_a_mistake(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit.main(words) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", options.TASKS)
+def test_each_task_has_a_command_with_its_recipes(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit.main([task, "no-such-recipe", "--data", "digits", "--dry-run"]) == 2
+    err = capsys.readouterr().err
+    assert "unknown recipe 'no-such-recipe'" in err
+    for name in options.recipe_names(task):
+        assert name in err
