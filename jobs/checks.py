@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong before a run is queued: all problems at once, each with what to do. Imports no torch."""
+"""All that can be known to be wrong before a run is queued: all problems at once, each with its remedy. Imports no torch."""
 
 from __future__ import annotations
 

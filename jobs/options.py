@@ -41,8 +41,8 @@ def stage_parser(task: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python jobs/submit.py {task}",
         description="Start a run, or describe it (--dry-run). The same command again resumes it.",
-        epilog="Settings, later ones win: defaults < recipe < data < cluster < engine < --config in order < the other options < "
-        "--set in order.",
+        epilog="Settings, later ones win: defaults < recipe < data < cluster < engine < --config in order < the other options "
+        "< --set in order.",
         allow_abbrev=False,
     )
     parser.set_defaults(task=task)
