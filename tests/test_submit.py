@@ -9,21 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
 
-from jobs import cluster, submit
+from jobs import cluster, launch, options, submit
 from nepa_dist.config import Config
 from nepa_dist.config_load import load_config
-from nepa_dist.report import build_report
-
-CONFIGS = cluster.REPO_ROOT / "configs"
-RECIPES = submit.recipe_names("pretrain")
-DATA = submit.recipe_names("data")
-ABLATIONS = submit.recipe_names("ablate")
 
 
 class Started:
@@ -132,7 +125,7 @@ def test_later_layers_win(started: Started, tmp_path: Path) -> None:
     config = started.calls[0][2]
     assert (config.model.preset, config.global_batch_size, config.steps, config.epochs) == ("vit_tiny", 32, 2, 5)
     assert config.cluster.gpus_per_node == 2
-    assert config.optim.ema_decay == load_config([CONFIGS / "data" / "digits.yaml"]).optim.ema_decay
+    assert config.optim.ema_decay == load_config([options.CONFIGS / "data" / "digits.yaml"]).optim.ema_decay
 
 
 def test_the_exit_code_of_the_run_is_passed_on(started: Started, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +171,7 @@ def test_a_folder_with_unreadable_settings_is_refused(tmp_path: Path, refused: R
 
 def test_two_launchers_in_one_folder_are_refused(started: Started, refused: Refused, tmp_path: Path) -> None:
     submit_ok("vit_tiny", "--data", "digits", "--name", "busy")
-    with submit.locked(tmp_path / "runs" / "busy"):
+    with launch.locked(tmp_path / "runs" / "busy"):
         assert "going on" in refused("vit_tiny", "--data", "digits", "--name", "busy")
     submit_ok("vit_tiny", "--data", "digits", "--name", "busy")
 
@@ -312,76 +305,18 @@ def test_the_script_runs_from_any_folder_and_help_shows_examples(tmp_path: Path)
     assert "vit_tiny" in done.stdout
 
 
-def flat(path: Path) -> dict[str, Any]:
-    return dict(submit.flatten(yaml.safe_load(path.read_text())))
+@pytest.mark.parametrize(("words", "expected"), [([], "COMMAND"), (["pretrian", "x"], "did you mean 'pretrain'")])
+def test_a_command_that_does_not_exist_is_a_mistake(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit.main(words) == 2
+    assert expected in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("data", [None, *DATA])
-def test_every_recipe_works(recipe: str, data: str | None, started: Started) -> None:
-    submit_ok(recipe, "--dry-run", *(["--data", data] if data else []))
-
-
-@pytest.mark.parametrize("path", sorted((CONFIGS / "pretrain").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_recipe_holds_only_what_differs_from_the_defaults(path: Path) -> None:
-    defaults = dict(submit.flatten(load_config().model_dump(mode="json")))
-    assert {key: value for key, value in flat(path).items() if defaults[key] == value} == {}
-
-
-@pytest.mark.parametrize(
-    "path", sorted([*(CONFIGS / "pretrain").glob("*"), *(CONFIGS / "ablate").glob("*")]), ids=lambda p: p.stem
-)
-def test_every_line_of_a_recipe_cites_its_source(path: Path) -> None:
-    for line in path.read_text().splitlines():
-        if not line.startswith("#") and not line.rstrip().endswith(":"):
-            assert re.search(r"# .*\b(paper|official|ours|arXiv)\b|# .*arXiv", line) or "preset: vit_" in line, line
-
-
-@pytest.mark.parametrize("name", ABLATIONS)
-def test_an_ablation_changes_a_recipe_by_its_own_keys_only(name: str, started: Started) -> None:
-    path = CONFIGS / "ablate" / f"{name}.yaml"
-    recipe = CONFIGS / "pretrain" / "vit_b.yaml"
-    before = dict(submit.flatten(load_config([recipe]).model_dump(mode="json")))
-    after = dict(submit.flatten(load_config([recipe, path]).model_dump(mode="json")))
-    assert {key: value for key, value in after.items() if before[key] != value} == flat(path)
-    submit_ok("vit_tiny", "--data", "digits", "--config", str(path), "--dry-run")
-
-
-def test_expected_ablations_exist() -> None:
-    wanted = "no_shift no_causal no_stop_grad mask40 mask60 no_rope no_qk_norm no_layer_scale gelu sigreg vicreg plain"
-    assert sorted(wanted.split()) == ABLATIONS
-
-
-def test_the_report_says_what_is_unknown() -> None:
-    report = build_report(load_config(), None, "no --data given")
-    assert re.search(r"training images +unknown", report)
-    assert "no --data given" in report
-    assert re.search(r"steps +unknown", report)
-    assert re.search(r"parameters +5,459,712", report)
-    known = build_report(load_config(overrides=["steps=10", "epochs=7"]), None)
-    assert re.search(r"steps +10, 40,960 images \(steps is given, epochs 7 has no effect\)", known)
-
-
-def test_the_report_counts_memory_by_formula() -> None:
-    settings = ["model.preset=vit_b", "global_batch_size=8", "engine.precision=bf16_autocast"]
-    report = build_report(load_config(overrides=settings), 100)
-    size = 4 * 85_539_840
-    assert re.search(
-        rf"weights +{size / 1e6:.4g} MB\n +gradients +{size / 1e6:.4g} MB\n +Adam moments +{2 * size / 1e6:.4g} MB", report
-    )
-    assert re.search(rf"EMA +{size / 1e6:.4g} MB", report)
-    activations = 8 * (22 * 768 + 6 * 2048) * 256 * 12
-    assert f"activations                  {activations / 1e6:.4g} MB" in report
-    fp32 = build_report(load_config(overrides=[*settings[:2], "engine.precision=fp32", "optim.ema_decay=null"]), 100)
-    assert f"activations                  {2 * activations / 1e9:.4g} GB" in fp32
-    assert "EMA " not in fp32.partition("Whole run")[0]
-
-
-def test_the_report_estimates_gpu_hours() -> None:
-    settings = ["model.preset=vit_l", "epochs=800", "cluster.gpus_per_node=8"]
-    report = build_report(load_config(overrides=settings), 1_281_167)
-    found = re.search(r"GPU-hours +(\S+), (\S+) hours at world size 8; assumes 40% of 989 TFLOP/s", report)
-    assert found
-    # 1.025e9 images at 830 images/s per GPU.
-    assert float(found[1]) == pytest.approx(1.0249e9 / 830 / 3600, rel=5e-3)
-    assert float(found[2]) == pytest.approx(float(found[1]) / 8, rel=1e-2)
+@pytest.mark.parametrize("task", options.TASKS)
+def test_each_task_has_a_command_with_its_recipes(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit.main([task, "no-such-recipe", "--data", "digits", "--dry-run"]) == 2
+    err = capsys.readouterr().err
+    assert "unknown recipe 'no-such-recipe'" in err
+    for name in options.recipe_names(task):
+        assert name in err
