@@ -47,10 +47,7 @@ def _model_rows(config: Config, plan: Plan) -> list[tuple[str, str]]:
     patches = f"{plan.num_tokens - 1} of {model.num_patches} patches of {model.patch_size} pixels"
     rows = [
         ("model", f"{model.preset or 'custom'}: width {model.embed_dim}, {model.depth} blocks, {model.num_heads} heads, {mlp}"),
-        (
-            "parameters",
-            f"{presets.num_parameters(model):,} (backbone) + {head_parameters(config):,} (head{_assumed_classes(config)})",
-        ),
+        ("parameters", f"{presets.num_parameters(model):,} (backbone){_head(config)}"),
         ("tokens per image", f"{plan.num_tokens} (CLS + {patches})"),
     ]
     if flops := head_flops(config):
