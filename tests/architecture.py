@@ -59,6 +59,7 @@ ARROWS: dict[str, set[str]] = {
     "saving": _SETTINGS | {"checkpoint", "data", "reporting", "run", "run_folder", "state"},
     "transfer": {"config", "export", "tasks", "trained"},
     "validation": _SETTINGS | {"data", "engines", "guard", "reporting", "run", "run_folder", "tasks"},
+    "score": _SETTINGS | {"checkpoint", "config_load", "data", "run_folder", "tasks", "trained", "validation"},
     "watchdog": {"guard"},
     "reporting": _SETTINGS | {"engines", "metrics", "state"},
     "export": {"checkpoint", "config", "heads", "model", "tasks"},
