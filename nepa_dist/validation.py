@@ -32,6 +32,7 @@ from nepa_dist.reporting import Reporter
 from nepa_dist.run import Run
 from nepa_dist.run_folder import write_bytes, write_text
 from nepa_dist.tasks.base import Scores, Task, build_task
+from nepa_dist.watchdog import Watchdog
 
 BEST = "best"
 """Folder of the best weights, in the run's."""
@@ -42,9 +43,7 @@ class Validator:
 
     Args:
         run: what is validated; its state notes the results.
-        reporter: told the scores.
         stop: asked between batches, so that a signal need not wait for the end of a long validation.
-        beat: called after each batch.
 
     Raises:
         DataError: the data has no validation split.
@@ -79,14 +78,14 @@ class Validator:
         due = step > 0 and (step % self._every == 0 or step >= self._run.plan.steps)
         return due and self._run.state.evaluated_step < step
 
-    def validate(self, reporter: Reporter, beat: Callable[[], None]) -> bool:
+    def validate(self, reporter: Reporter, watchdog: Watchdog) -> bool:
         """Score the averaged weights (the weights themselves where none are kept) and keep them if they are the best.
 
         A collective.
 
         Args:
             reporter: told the scores.
-            beat: called after each batch.
+            watchdog: told of each batch; what only waits for other ranks or for the disk is no hang.
 
         Returns:
             False if a signal came first: the scores are thrown away, and the step stays pending.
@@ -95,32 +94,32 @@ class Validator:
             ValueError: nothing could be scored.
         """
         run, state, start = self._run, self._run.state, time.perf_counter()
-        task = replica(run.config, run.engine, run.world)
+        with watchdog.pause():
+            task = replica(run.config, run.engine, run.world)
 
         def go_on() -> bool:
-            beat()
+            watchdog.beat()
             return not self._stop.is_set
 
         sums, bad = measure(task, self._pass(), run.config, run.world.device, go_on)
-        parts = run.world.gather((self._stop.is_set, {name: tensor.cpu() for name, tensor in sums.items()}, bad))
-        if any(stopped for stopped, _, _ in parts):
-            return False
-        total = add_up([part for _, part, _ in parts])
-        for name, reason in sorted({pair for _, _, found in parts for pair in found}):
-            reporter.event(f"left out of the validation: {name}: {reason}")
-        scores = task.score(total, self._container.class_names)
-        state.evaluated_step, score = state.step, scores.values[scores.main]
-        best = state.best_score is None or score > state.best_score
-        if best:
-            best = run.world.gather(self._keep(task, scores, reporter) if run.world.is_main else True)[0]
-        if best:
-            state.best_score, state.best_step = score, state.step
+        with watchdog.pause():
+            parts = run.world.gather((self._stop.is_set, {name: tensor.cpu() for name, tensor in sums.items()}, bad))
+            if any(stopped for stopped, _, _ in parts):
+                return False
+            for name, reason in sorted({pair for _, _, found in parts for pair in found}):
+                reporter.event(f"left out of the validation: {name}: {reason}")
+            scores = task.score(add_up([part for _, part, _ in parts]), self._container.class_names)
+            state.evaluated_step, score = state.step, scores.values[scores.main]
+            better = state.best_score is None or score > state.best_score
+            if better and run.world.gather(run.world.is_main and self._keep(task, scores, reporter))[0]:
+                state.best_score, state.best_step = score, state.step
         seconds = time.perf_counter() - start
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.values.items())
-        reporter.event(f"validation at step {state.step}: {shown}{' (best so far)' if best else ''}")
-        reporter.validated(
-            state.step, scores.values | {"best_score": state.best_score or 0.0, "eval_seconds": seconds}, seconds
-        )
+        reporter.event(f"validation at step {state.step}: {shown}{' (best so far)' if state.best_step == state.step else ''}")
+        values = scores.values | {"eval_seconds": seconds}
+        if state.best_score is not None:
+            values["best_score"] = state.best_score
+        reporter.validated(state.step, values, seconds)
         return True
 
     def close(self) -> None:

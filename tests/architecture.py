@@ -58,7 +58,7 @@ ARROWS: dict[str, set[str]] = {
     "resume": _SETTINGS | {"checkpoint", "data", "run", "run_folder", "state"},
     "saving": _SETTINGS | {"checkpoint", "data", "reporting", "run", "run_folder", "state"},
     "transfer": {"config", "export", "tasks", "trained"},
-    "validation": _SETTINGS | {"data", "engines", "guard", "reporting", "run", "run_folder", "tasks"},
+    "validation": _SETTINGS | {"data", "engines", "guard", "reporting", "run", "run_folder", "tasks", "watchdog"},
     "score": _SETTINGS | {"checkpoint", "config_load", "data", "run_folder", "tasks", "trained", "validation"},
     "watchdog": {"guard"},
     "reporting": _SETTINGS | {"engines", "metrics", "state"},
