@@ -63,7 +63,7 @@ ARROWS: dict[str, set[str]] = {
     "reporting": _SETTINGS | {"engines", "metrics", "state"},
     "export": {"checkpoint", "config", "heads", "model", "tasks"},
     "report": _SETTINGS | {"data.containers", "memory"},
-    "memory": {"config", "presets"},
+    "memory": {"config", "heads.upernet_cost", "presets"},
     "tasks": {"config", "data.mixup", "heads", "keyed", "metrics.collapse", "metrics.segmentation", "model", "presets"},
     "checkpoint": {"engines.base"},
     "engines": {"config", "optim", "plan"},
