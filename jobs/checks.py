@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jobs.options import Layers, absolute_paths, default_cluster, flatten, places_from_options
+from jobs.runs import newest_checkpoint
 from nepa_dist.config import Config, ConfigError, changed_keys
 from nepa_dist.config_load import load_config
 from nepa_dist.plan import make_plan
@@ -28,13 +30,21 @@ class Checked(NamedTuple):
     note: str
     """Where that number comes from."""
 
+    @property
+    def steps(self) -> int | None:
+        """Of the whole run; None if they follow from a number of images that is not known."""
+        if self.config is None or (self.config.steps is None and self.num_samples is None):
+            return None
+        return self.config.steps or make_plan(self.config, self.num_samples or 1).steps
 
-def check_stage(args: argparse.Namespace, layers: Layers) -> Checked:
+
+def check_stage(args: argparse.Namespace, layers: Layers, parents: Sequence[Path] = ()) -> Checked:
     """Build the configuration and look at everything around it.
 
     Args:
         args: of :func:`jobs.options.stage_parser`.
         layers: what they stand for.
+        parents: run folders that earlier stages make.
     """
     problems: list[str] = []
     config: Config | None = None
@@ -54,6 +64,7 @@ def check_stage(args: argparse.Namespace, layers: Layers) -> Checked:
         problems += folder_problems(run_dir)
     changes: list[str] = []
     if config:
+        problems += init_problems(config, parents)
         found, changes = compare_with_existing(config)
         problems += found
     return Checked(config, problems, changes, num_samples, note)
@@ -68,6 +79,19 @@ def launch_problems(config: Config, dry_run: bool) -> list[str]:
         total = where.world_size
         return [f"the local cluster is one machine, not {where.nodes} nodes: use --gpus-per-node {total}, or --cluster slurm"]
     return []
+
+
+def init_problems(config: Config, parents: Sequence[Path]) -> list[str]:
+    """Sentences about what a run is to start from and is not there."""
+    path = None if config.init.path is None else Path(config.init.path)
+    if path is None or path in parents or newest_checkpoint(config.run_dir) is not None:
+        return []
+    if (path / "manifest.json").exists() or newest_checkpoint(path) is not None or (path / "model.safetensors").exists():
+        return []
+    if path.is_file():
+        return []
+    what = "holds no checkpoint" if path.exists() else "does not exist"
+    return [f"--init {path} {what}: name the folder of a run that has saved, or one checkpoint in its checkpoints/"]
 
 
 def check_data(

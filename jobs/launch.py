@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jobs import cluster
+from jobs.runs import clear_outcome
 from nepa_dist.config import Config
 from nepa_dist.guard import EXIT_AGAIN
 from nepa_dist.run_folder import write_text
@@ -40,6 +41,7 @@ def launch_local(config: Config, changes: Sequence[str] = ()) -> int:
         with locked(run_dir):
             print("\n".join([f"{'resuming' if path.exists() else 'starting'} {run_dir}", *changes]), flush=True)
             write_text(path, config.to_yaml())
+            clear_outcome(run_dir)
             code = cluster.run_local(run_dir, config.cluster.world_size)
     except BlockingIOError:
         raise LaunchError(f"a run is going on in {run_dir}; wait for it, stop it, or choose another --name") from None

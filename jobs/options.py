@@ -35,9 +35,6 @@ def stage_parser(task: str) -> argparse.ArgumentParser:
         task: one of :data:`TASKS`; it becomes ``args.task``.
     """
 
-    def known(folder: str) -> str:
-        return ", ".join(recipe_names(folder)) or "none yet"
-
     parser = argparse.ArgumentParser(
         prog=f"python jobs/submit.py {task}",
         description="Start a run, or describe it (--dry-run). The same command again resumes it.",
@@ -46,14 +43,23 @@ def stage_parser(task: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.set_defaults(task=task)
-    parser.add_argument("recipe", help=f"settings of a size: {known(task)}")
-    parser.add_argument("--data", metavar="NAME|FOLDER", help=f"images: {known('data')}, or a folder that holds them")
-    parser.add_argument("--cluster", metavar="NAME", help=f"{known('cluster')}; default: local, or slurm with --nodes above 1")
+    parser.add_argument("recipe", help=f"settings of a size: {_known(task)}")
+    add_stage_options(parser)
+    parser.add_argument("--dry-run", action="store_true", help="check, print cost, steps, memory and settings; start nothing")
+    return parser
+
+
+def add_stage_options(parser: argparse.ArgumentParser) -> None:
+    """The options that any stage has and that take a value."""
+    parser.add_argument("--data", metavar="NAME|FOLDER", help=f"images: {_known('data')}, or a folder that holds them")
+    parser.add_argument("--cluster", metavar="NAME", help=f"{_known('cluster')}; default: local, or slurm with --nodes above 1")
     parser.add_argument("--nodes", type=int, metavar="N", help="machines")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="processes per machine, one per GPU")
-    parser.add_argument("--engine", metavar="NAME", help=f"how the model is placed on devices: {known('engine')}")
+    parser.add_argument("--engine", metavar="NAME", help=f"how the model is placed on devices: {_known('engine')}")
     parser.add_argument("--init", metavar="DIR", help="run folder or checkpoint that a new run starts from")
-    parser.add_argument("--load", metavar="WHAT", help="of --init: weights (default), ema, weights+ema, everything")
+    parser.add_argument(
+        "--load", metavar="WHAT", help="of --init: weights, ema, weights+ema, everything; default: the recipe's"
+    )
     parser.add_argument(
         "--allow", action="append", default=[], metavar="KEY", help="setting that may differ on resume; repeatable"
     )
@@ -62,8 +68,6 @@ def stage_parser(task: str) -> argparse.ArgumentParser:
     place.add_argument("--run-dir", metavar="DIR", help="the run folder itself, in place of runs/NAME")
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="more settings (YAML); repeatable")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; repeatable")
-    parser.add_argument("--dry-run", action="store_true", help="check, print cost, steps, memory and settings; start nothing")
-    return parser
 
 
 def collect_layers(args: argparse.Namespace) -> tuple[Layers, list[str]]:
@@ -111,6 +115,10 @@ def collect_layers(args: argparse.Namespace) -> tuple[Layers, list[str]]:
         override("run_root", str(run_dir.parent))
         override("name", run_dir.name)
     return Layers(files, [*overrides, *args.set], base), problems
+
+
+def _known(folder: str) -> str:
+    return ", ".join(recipe_names(folder)) or "none yet"
 
 
 def default_cluster(args: argparse.Namespace) -> str:

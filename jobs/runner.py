@@ -18,6 +18,7 @@ from types import FrameType
 from typing import NoReturn
 
 from jobs.cluster import LAUNCHER_PID, USER_ERROR, environment_from_srun
+from jobs.runs import KINDS, write_outcome
 from nepa_dist.guard import EXIT_AGAIN, EXIT_FAILED, STOP_SIGNALS
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -70,10 +71,14 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config([run_dir / "config.yaml"]).model_copy(update=place)
         from nepa_dist.train import main as train
 
-        return train(config)
+        code = train(config)
+        if os.environ.get("RANK", "0") == "0":
+            _note(run_dir, KINDS.get(code, "crashed"))
+        return code
     except Exception as error:
         if is_user_error(error):
             print(error, file=sys.stderr, flush=True)
+            _note(run_dir, "mistake", f"rank {os.environ.get('RANK', '0')}: {error}")
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 os._exit(USER_ERROR)  # the interpreter's exit may wait for a collective that the other ranks are in
             return USER_ERROR
@@ -83,6 +88,14 @@ def main(argv: list[str] | None = None) -> int:
 def is_user_error(error: BaseException) -> bool:
     """Whether the message of an error is written to be printed alone: the project's own subclasses of ValueError."""
     return isinstance(error, ValueError) and type(error).__module__.partition(".")[0] == "nepa_dist"
+
+
+def _note(run_dir: Path, kind: str, detail: str = "") -> None:
+    """Leave word of how it ended; a full disk must not turn a good end into a bad one."""
+    try:
+        write_outcome(run_dir, kind, detail)
+    except OSError as error:
+        print(f"{run_dir}: how this run ended could not be noted: {error}", file=sys.stderr, flush=True)
 
 
 def _fail(error: Exception, run_dir: Path) -> NoReturn:
@@ -98,6 +111,7 @@ def _fail(error: Exception, run_dir: Path) -> NoReturn:
                 file.write(f"{details}\n{summary}\n")
         except OSError as problem:
             details += f"\n(this could not be written to {log}: {problem.strerror})"
+    _note(run_dir, "crashed", summary)
     sys.stdout.flush()
     print(f"{details}\n{summary}", file=sys.stderr, flush=True)
     os._exit(EXIT_FAILED)

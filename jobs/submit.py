@@ -14,6 +14,7 @@ from pathlib import Path
 if not __package__:  # started as a file: the folder above holds both packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from jobs import pipeline
 from jobs.checks import check_stage
 from jobs.cluster import USER_ERROR
 from jobs.launch import LaunchError, launch_local
@@ -30,6 +31,7 @@ examples:
   python jobs/submit.py pretrain vit_l --nodes 8 --dry-run               64 GPUs: cost, steps, memory; starts nothing
   python jobs/submit.py pretrain vit_s --data digits --config configs/ablate/no_shift.yaml --name no-shift
   python jobs/submit.py pretrain vit_s --data digits --set optim.base_lr=1e-3 --set steps=500
+  python jobs/submit.py pipeline vit_tiny --data digits                  pretrain, then fine-tune and segment from it
 
 other commands:
   python jobs/submit.py prepare SOURCE OUT [--array 16]                  pack a data set into shards, here or as SLURM jobs
@@ -37,7 +39,7 @@ other commands:
 
 The same command again resumes the run. Exit codes: 0 finished, 75 stopped after saving, 2 a mistake to correct, others failed.
 """
-COMMANDS = (*TASKS, "prepare", "doctor")
+COMMANDS = (*TASKS, "pipeline", "prepare", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, rest = argv[0], argv[1:]
     if command in TASKS:
         return run_stage(command, rest)
+    if command == "pipeline":
+        code, problems = pipeline.main(rest)
+        return refuse(problems) if problems else code
     if command == "doctor":
         from jobs import doctor
 

@@ -1,0 +1,234 @@
+"""Several stages in a row: ``pipeline vit_b`` pretrains, then fine-tunes and segments from what pretraining left.
+
+All stages are checked before the first one starts. Their runs lie in one folder, ``runs/NAME/<stage>``, beside ``report.md``.
+What is finished is not done again: the same command goes on with the first stage that is not.
+
+A pipeline is a file ``configs/pipeline/NAME.yaml``, or, without one, the recipes of that name of all tasks:
+
+```
+stages:
+  pretrain: {options: "--nodes 8"}        # recipe: the name of the pipeline; options: as on the command line
+  finetune: {from: pretrain}              # from: starts with the weights of that stage
+```
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from jobs.checks import Checked, check_stage
+from jobs.launch import LaunchError, launch_local
+from jobs.options import CONFIGS, TASKS, absolute, add_stage_options, collect_layers, recipe_names, stage_parser
+from jobs.pipeline_report import write_report
+from jobs.runs import is_finished
+from nepa_dist.config import Config, nearest
+
+FOLDER = "pipeline"
+"""Of configs/: what pipelines consist of."""
+_FIRST = "pretrain"
+
+
+class Part(NamedTuple):
+    """One stage as a pipeline file or the defaults say it."""
+
+    task: str
+    recipe: str
+    start: str | None
+    """Stage whose weights it starts with."""
+    words: list[str]
+    """Options, as on the command line."""
+
+
+class Stage(NamedTuple):
+    """One stage, checked."""
+
+    part: Part
+    args: argparse.Namespace
+    checked: Checked
+
+    @property
+    def config(self) -> Config:
+        """Its configuration; only asked for where there are no problems."""
+        assert self.checked.config is not None
+        return self.checked.config
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return is_finished(self.config.run_dir, self.checked.steps)
+
+
+def pipeline_parser() -> argparse.ArgumentParser:
+    """The options: those of a stage, each for all stages, or with ``STAGE:`` before the value for one."""
+    parser = argparse.ArgumentParser(
+        prog="python jobs/submit.py pipeline",
+        description="Run the stages of a pipeline one after the other; the same command goes on where it stopped.",
+        epilog="Options are those of a stage. A value holds for all stages, and with STAGE: before it for one: "
+        "--nodes pretrain:8 --set seed=3 --set finetune:steps=500 --data segment:/data/ade20k",
+        allow_abbrev=False,
+    )
+    known = ", ".join(dict.fromkeys([*recipe_names(FOLDER), *_common_recipes()]))
+    parser.add_argument("pipeline", help=f"a file of configs/pipeline, or a recipe that each task has: {known}")
+    parser.add_argument("--stages", metavar="A,B", help="only these, in this order")
+    parser.add_argument("--name", help="folder of the pipeline in runs/; default: pipeline-<pipeline>[-<data>]")
+    parser.add_argument("--dry-run", action="store_true", help="check, print steps and places of all stages; start nothing")
+    for action in _stage_options():
+        metavar = f"[STAGE:]{action.metavar or action.dest.upper()}"
+        parser.add_argument(*action.option_strings, dest=action.dest, action="append", default=[], metavar=metavar)
+    return parser
+
+
+def main(argv: Sequence[str]) -> tuple[int, list[str]]:
+    """The command line; returns the exit code, or 2 and the problems."""
+    args = pipeline_parser().parse_args(argv)
+    parts, problems = read_parts(args)
+    if problems:
+        return 2, problems
+    root = Path(absolute("runs")) / (args.name or _default_name(args))
+    stages, problems = build_stages(parts, args, root)
+    if problems:
+        return 2, problems
+    if args.dry_run:
+        print("\n".join(_describe(stages)))
+        return 0, []
+    return run_here(root, stages)
+
+
+def read_parts(args: argparse.Namespace) -> tuple[list[Part], list[str]]:
+    """The stages that a pipeline consists of, and sentences about what is wrong with them."""
+    name = args.pipeline
+    problems: list[str] = []
+    if name in recipe_names(FOLDER):
+        parts, problems = _read_file(CONFIGS / FOLDER / f"{name}.yaml", name)
+    else:
+        parts = [Part(task, name, None if task == _FIRST else _FIRST, []) for task in TASKS if name in recipe_names(task)]
+        if not parts:
+            known = [*recipe_names(FOLDER), *_common_recipes()]
+            problems.append(f"unknown pipeline {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+    if args.stages is not None and not problems:
+        by_task = {part.task: part for part in parts}
+        wanted = args.stages.split(",")
+        problems += [
+            f"--stages: no stage {task!r}{nearest(task, by_task)} (known: {', '.join(by_task)})"
+            for task in wanted
+            if task not in by_task
+        ]
+        parts = [by_task[task] for task in dict.fromkeys(wanted) if task in by_task]
+    return parts, problems
+
+
+def build_stages(parts: Sequence[Part], args: argparse.Namespace, root: Path) -> tuple[list[Stage], list[str]]:
+    """Check all stages; returns them and their problems, each with the stages that have it."""
+    found: dict[str, list[str]] = {}
+    stages: list[Stage] = []
+    for part in parts:
+        words = [*part.words, *_words_for(part.task, args), "--run-dir", str(root / part.task)]
+        if part.start is not None:
+            words += ["--init", str(root / part.start)]
+        stage_args = stage_parser(part.task).parse_args([part.recipe, *words])
+        stage_args.dry_run = args.dry_run
+        layers, problems = collect_layers(stage_args)
+        checked = check_stage(stage_args, layers, [root / stage.part.task for stage in stages])
+        for problem in [*problems, *checked.problems]:
+            found.setdefault(problem, []).append(part.task)
+        stages.append(Stage(part, stage_args, checked))
+    return stages, [f"{', '.join(tasks)}: {problem}" for problem, tasks in found.items()]
+
+
+def run_here(root: Path, stages: Sequence[Stage]) -> tuple[int, list[str]]:
+    """Run all stages that are not finished, one after the other; returns the exit code of the last, and problems."""
+    problems: list[str] = []
+    code = 0
+    for number, stage in enumerate(stages, 1):
+        title = f"stage {number} of {len(stages)}, {stage.part.task}"
+        if stage.is_finished:
+            print(f"{title}: finished before, {stage.config.run_dir}", flush=True)
+            continue
+        print(f"{title}:", flush=True)
+        try:
+            code = launch_local(stage.config, stage.checked.changes)
+        except LaunchError as error:
+            code, problems = 2, [f"{stage.part.task}: {error}"]
+        if code:
+            print(f"{title}: ended with exit code {code}; the same command goes on here", file=sys.stderr, flush=True)
+            break
+    if any(stage.config.run_dir.exists() for stage in stages):
+        print(f"wrote {write_report(root, [stage.config.run_dir for stage in stages])}")
+    return code, problems
+
+
+def _describe(stages: Sequence[Stage]) -> Iterator[str]:
+    for stage in stages:
+        config, checked = stage.config, stage.checked
+        state = "finished" if stage.is_finished else "exists, would go on" if config.run_dir.exists() else "new"
+        steps = "unknown number of" if checked.steps is None else f"{checked.steps:,}"
+        start = f", starts with {stage.part.start}" if stage.part.start else ""
+        yield f"{stage.part.task}: {steps} steps on {config.cluster.world_size} ranks{start}; {config.run_dir} ({state})"
+
+
+def _words_for(task: str, args: argparse.Namespace) -> Iterator[str]:
+    """The options of one stage: those for all stages, then its own."""
+    for own in (False, True):
+        for action in _stage_options():
+            for text in getattr(args, action.dest):
+                stage, value = _split(text)
+                if stage == (task if own else None):
+                    yield f"{action.option_strings[0]}={value}"
+
+
+def _split(text: str) -> tuple[str | None, str]:
+    """(stage or None for all, value) of ``[STAGE:]VALUE``."""
+    match = re.fullmatch(f"(?s)({'|'.join(TASKS)}):(.*)", text)
+    return (match[1], match[2]) if match else (None, text)
+
+
+def _stage_options() -> list[argparse.Action]:
+    """Options of a stage that take a value, but for the places and starts, which the pipeline decides."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_stage_options(parser)
+    ours = ("name", "run_dir", "init")
+    return [action for action in parser._actions if action.option_strings and action.nargs != 0 and action.dest not in ours]
+
+
+def _read_file(path: Path, name: str) -> tuple[list[Part], list[str]]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        stages = content["stages"]
+        items = [(str(task), dict(fields or {})) for task, fields in stages.items()]
+    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
+        return [], [f"{path}: expected stages: {{TASK: {{recipe, from, options}}}}: {error}"]
+    problems = [problem for task, fields in items for problem in _part_problems(path, task, fields, stages)]
+    if problems:
+        return [], problems
+    parts = [Part(t, str(f.get("recipe", name)), f.get("from"), shlex.split(str(f.get("options", "")))) for t, f in items]
+    return parts, []
+
+
+def _part_problems(path: Path, task: str, fields: Mapping[str, Any], stages: Mapping[str, Any]) -> Iterator[str]:
+    if task not in TASKS:
+        yield f"{path}: unknown stage {task!r}{nearest(task, TASKS)} (known: {', '.join(TASKS)})"
+    for key in fields:
+        if key not in ("recipe", "from", "options"):
+            yield f"{path}: {task}: unknown key {key!r} (known: recipe, from, options)"
+    before = list(stages)[: list(stages).index(task)]
+    if (start := fields.get("from")) is not None and start not in before:
+        yield f"{path}: {task}: from {start!r} is no earlier stage"
+
+
+def _common_recipes() -> list[str]:
+    """Recipes that every task has."""
+    return [name for name in recipe_names(_FIRST) if all(name in recipe_names(task) for task in TASKS)]
+
+
+def _default_name(args: argparse.Namespace) -> str:
+    data = [value for text in args.data if _split(text)[0] is None for value in [_split(text)[1]]]
+    names = [FOLDER, args.pipeline, *(re.sub(r"[^A-Za-z0-9._-]+", "-", Path(absolute(source)).name) for source in data[-1:])]
+    return "-".join(filter(None, names))[:100]

@@ -1,0 +1,64 @@
+"""report.md of a pipeline: a table of its stages, and their curves and pictures as links. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from jobs.runs import newest_checkpoint, read_outcome, read_progress, read_scores
+from nepa_dist.run_folder import write_text
+
+_PICTURES = ("figures", "best")
+"""Folders of a run in which stages leave pictures."""
+
+
+def write_report(root: Path, run_dirs: Sequence[Path]) -> Path:
+    """Write ``root/report.md`` about runs that lie below ``root``; returns its path.
+
+    Args:
+        root: folder of the pipeline.
+        run_dirs: the stages in order; those that have not begun are listed as such.
+    """
+    lines = [f"# {root.name}", "", *markdown_table(("stage", "state", "steps", "loss", "scores", "images/s"), _rows(run_dirs))]
+    for run_dir in run_dirs:
+        lines += _section(root, run_dir)
+    path = root / "report.md"
+    write_text(path, "\n".join(lines) + "\n")
+    return path
+
+
+def markdown_table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    cells = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(row) + " |" for row in cells]
+
+
+def format_scores(scores: dict[str, float]) -> str:
+    """Scores, each a share, in percent."""
+    return ", ".join(f"{name} {100 * value:.2f} %" for name, value in scores.items())
+
+
+def _rows(run_dirs: Sequence[Path]) -> Iterator[Sequence[str]]:
+    for run_dir in run_dirs:
+        progress, outcome = read_progress(run_dir), read_outcome(run_dir)
+        state = outcome.kind if outcome else "not ended" if run_dir.exists() else "not begun"
+        step = progress.step or newest_checkpoint(run_dir)
+        steps = "" if step is None else f"{step:,}" + (f" of {progress.total:,}" if progress.total else "")
+        loss = "" if progress.loss is None else f"{progress.loss:.4f}"
+        rate = "" if progress.images_per_second is None else f"{progress.images_per_second:.0f}"
+        yield run_dir.name, state, steps, loss, format_scores(read_scores(run_dir)), rate
+
+
+def _section(root: Path, run_dir: Path) -> Iterator[str]:
+    if not run_dir.exists():
+        return
+    yield from ("", f"## {run_dir.name}", "")
+    place = run_dir.relative_to(root)
+    files = [name for name in ("config.yaml", "log.txt", "metrics.jsonl", "evaluation.json") if (run_dir / name).exists()]
+    files += [f"best/{name}" for name in ("results.json", "per_class.csv") if (run_dir / "best" / name).exists()]
+    yield " · ".join(f"[{name}]({place.as_posix()}/{name})" for name in files)
+    if (outcome := read_outcome(run_dir)) and outcome.detail:
+        yield from ("", "```", outcome.detail.strip(), "```")
+    pictures = [path for folder in _PICTURES for path in sorted((run_dir / folder).rglob("*.png"))]
+    for path in pictures:
+        yield from ("", f"![{path.stem}]({path.relative_to(root).as_posix()})")
