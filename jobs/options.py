@@ -92,6 +92,8 @@ def collect_layers(args: argparse.Namespace) -> tuple[Layers, list[str]]:
     add("recipe", args.task, args.recipe)
     if args.data in recipe_names("data"):
         add("data", "data", args.data)
+        if (own := CONFIGS / "data" / f"{args.data}.{args.task}.yaml").exists():
+            files.append(own)
     elif args.data is not None:
         override("data.source", absolute_source(args.data))
     add("cluster", "cluster", default_cluster(args))
@@ -117,8 +119,8 @@ def default_cluster(args: argparse.Namespace) -> str:
 
 
 def recipe_names(folder: str) -> list[str]:
-    """Names of the YAML files in one folder of configs/, sorted."""
-    return sorted(path.stem for path in (CONFIGS / folder).glob("*.yaml"))
+    """Names of the YAML files in one folder of configs/, sorted. ``data/NAME.TASK.yaml`` belongs to ``NAME``."""
+    return sorted(path.stem for path in (CONFIGS / folder).glob("*.yaml") if "." not in path.stem)
 
 
 def places_from_options(args: argparse.Namespace, layers: Layers) -> tuple[Path, str | None]:

@@ -29,9 +29,35 @@ from __future__ import annotations
 
 from nepa_dist import presets
 from nepa_dist.config import Config
+from nepa_dist.heads import upernet_cost
 
 BUCKET_NUMEL = 50_000_000
 """DeepSpeed reduces gradients in buckets of this many numbers."""
+
+
+NUM_CLASSES_IF_UNKNOWN = 150
+"""Classes of ADE20K, for an estimate where the data will say how many there are."""
+
+
+def head_parameters(config: Config) -> int:
+    """Parameters of the task's head."""
+    D, C = config.model.embed_dim, config.num_classes or NUM_CLASSES_IF_UNKNOWN
+    if config.task == "segment":
+        options = config.segment
+        return upernet_cost.num_parameters(D, C, channels=options.channels, aux_channels=options.aux_channels)
+    if config.task == "finetune":
+        return (D + 1) * C + (2 * D if config.finetune.pool == "mean" else 0)
+    return D if config.objective.mask_ratio > 0 else 0
+
+
+def head_flops(config: Config) -> int:
+    """Operations of the head's convolutions in one forward pass of one training image; those of a linear layer do not count."""
+    if config.task != "segment":
+        return 0
+    side, options = config.model.image_size // config.model.patch_size, config.segment
+    classes = config.num_classes or NUM_CLASSES_IF_UNKNOWN
+    sizes = {"channels": options.channels, "aux_channels": options.aux_channels}
+    return upernet_cost.forward_flops(config.model.embed_dim, classes, (side, side), **sizes, training=True)
 
 
 def state_bytes(config: Config, grad_accum_steps: int) -> dict[str, int]:
@@ -41,7 +67,7 @@ def state_bytes(config: Config, grad_accum_steps: int) -> dict[str, int]:
         config: the run.
         grad_accum_steps: micro-batches per update.
     """
-    engine, P = config.engine, presets.num_parameters(config.model)
+    engine, P = config.engine, presets.num_parameters(config.model) + head_parameters(config)
     low = engine.precision == "bf16_params"
     zero = engine.name.startswith("zero")
     optimizer_shards = config.cluster.world_size if zero else config.state_shards

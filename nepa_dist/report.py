@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nepa_dist import presets
 from nepa_dist.config import Config
-from nepa_dist.memory import activation_bytes, state_bytes
+from nepa_dist.memory import NUM_CLASSES_IF_UNKNOWN, activation_bytes, head_flops, head_parameters, state_bytes
 from nepa_dist.plan import Plan, make_plan
 
 ASSUMED_PEAK_FLOPS = 989e12
@@ -47,17 +47,27 @@ def _model_rows(config: Config, plan: Plan) -> list[tuple[str, str]]:
     patches = f"{plan.num_tokens - 1} of {model.num_patches} patches of {model.patch_size} pixels"
     rows = [
         ("model", f"{model.preset or 'custom'}: width {model.embed_dim}, {model.depth} blocks, {model.num_heads} heads, {mlp}"),
-        ("parameters", f"{presets.num_parameters(model):,} (backbone)"),
+        ("parameters", f"{presets.num_parameters(model):,} (backbone){_head(config)}"),
         ("tokens per image", f"{plan.num_tokens} (CLS + {patches})"),
     ]
+    if flops := head_flops(config):
+        rows.append(("per image, UPerNet", f"{_si(flops, 'FLOP')} forward, {_si(3 * flops, 'FLOP')} with backward"))
     for causal in (True, False):
         forward = sum(presets.forward_flops(model, num_tokens=plan.num_tokens, causal=causal))
         both = presets.train_flops(model, num_tokens=plan.num_tokens, causal=causal)
         kind = "causal" if causal else "full"
-        used = "" if causal == config.objective.causal else " (not what this run does; for comparison)"
+        used = "" if causal == config.causal else " (not what this run does; for comparison)"
         text = f"{_si(forward, 'FLOP')} forward, {_si(both, 'FLOP')} with backward{used}"
         rows.append((f"per image, {kind} attention", text))
     return rows
+
+
+def _head(config: Config) -> str:
+    """The head's parameters, if it has any."""
+    if not (number := head_parameters(config)):
+        return ""
+    known = config.task == "pretrain" or config.num_classes is not None
+    return f" + {number:,} (head{'' if known else f', if there are {NUM_CLASSES_IF_UNKNOWN} classes'})"
 
 
 def _schedule_rows(config: Config, plan: Plan, num_samples: int | None, steps: int | None, note: str) -> list[tuple[str, str]]:
@@ -101,8 +111,8 @@ def _memory_rows(config: Config, plan: Plan) -> list[tuple[str, str]]:
 def _total_rows(config: Config, plan: Plan, steps: int | None) -> list[tuple[str, str]]:
     if steps is None:
         return [("training", "unknown, as the number of steps is")]
-    per_image = presets.train_flops(config.model, num_tokens=plan.num_tokens, causal=config.objective.causal)
-    total = per_image * steps * config.global_batch_size
+    per_image = presets.train_flops(config.model, num_tokens=plan.num_tokens, causal=config.causal)
+    total = (per_image + 3 * head_flops(config)) * steps * config.global_batch_size
     gpu_hours = total / (ASSUMED_UTILISATION * ASSUMED_PEAK_FLOPS) / 3600
     world = config.cluster.world_size
     speed = f"{ASSUMED_UTILISATION:.0%} of {ASSUMED_PEAK_FLOPS / 1e12:.0f} TFLOP/s (H100 or H200, bf16)"

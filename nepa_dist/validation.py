@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import safetensors.torch
 import torch
@@ -97,7 +97,12 @@ class Validator:
         """
         run, state, start = self._run, self._run.state, time.perf_counter()
         task = replica(run.config, run.engine, run.world)
-        sums, bad = self._measure(task, beat)
+
+        def go_on() -> bool:
+            beat()
+            return not self._stop.is_set
+
+        sums, bad = measure(task, self._pass(), run.config, run.world.device, go_on)
         parts = run.world.gather((self._stop.is_set, {name: tensor.cpu() for name, tensor in sums.items()}, bad))
         if any(stopped for stopped, _, _ in parts):
             return False
@@ -124,22 +129,6 @@ class Validator:
         if self._loader is not None:
             self._loader.close()
 
-    def _measure(self, task: Task, beat: Callable[[], None]) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
-        config, device = self._run.config, self._run.world.device
-        sums: dict[str, Tensor] = {}
-        bad = []
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision != "fp32")
-        with torch.inference_mode(), autocast:
-            for batch in self._pass():
-                bad += [(sample.name, sample.reason) for sample in batch.bad]
-                if len(batch.ids):
-                    part = task.measure(to_device(batch, device, config.data.mean, config.data.std))
-                    sums = add_up([sums, part])
-                beat()
-                if self._stop.is_set:
-                    break
-        return sums, bad
-
     def _pass(self) -> Iterator[Batch]:
         if self._batches is None or self._loader is None:
             yield from WholeImages(self._container, self._run.config, self._ids)
@@ -162,7 +151,7 @@ class Validator:
             versions(),
             tuple(Result(f"{name}, validation split", value, step) for name, value in scores.values.items()),
         )
-        facts = {"format": "pt"} | provenance.to_metadata()
+        facts = {"format": "pt", scores.main: repr(scores.values[scores.main])} | provenance.to_metadata()
         state = {name: tensor.contiguous() for name, tensor in task.state_dict().items()}
         try:
             folder.mkdir(exist_ok=True)
@@ -174,6 +163,35 @@ class Validator:
             reporter.event(f"the best weights so far cannot be written to {folder}: {error}; training goes on")
             return False
         return True
+
+
+def measure(
+    task: Task, batches: Iterable[Batch], config: Config, device: torch.device, go_on: Callable[[], bool] = lambda: True
+) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
+    """Add up what a task measures over batches.
+
+    Args:
+        task: in evaluation mode, on the device.
+        batches: of the validation split.
+        config: normalisation and precision.
+        device: where the task is.
+        go_on: asked after each batch; False ends it.
+
+    Returns:
+        The sums by name, and name and reason of each sample that was left out.
+    """
+    sums: dict[str, Tensor] = {}
+    bad = []
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision != "fp32")
+    with torch.inference_mode(), autocast:
+        for batch in batches:
+            bad += [(sample.name, sample.reason) for sample in batch.bad]
+            if len(batch.ids):
+                part = task.measure(to_device(batch, device, config.data.mean, config.data.std))
+                sums = add_up([sums, part])
+            if not go_on():
+                break
+    return sums, bad
 
 
 def replica(config: Config, engine: Engine, world: World) -> Task:
