@@ -56,8 +56,14 @@ def head_flops(config: Config) -> int:
         return 0
     side, options = config.model.image_size // config.model.patch_size, config.segment
     classes = config.num_classes or NUM_CLASSES_IF_UNKNOWN
-    sizes = {"channels": options.channels, "aux_channels": options.aux_channels}
-    return upernet_cost.forward_flops(config.model.embed_dim, classes, (side, side), **sizes, training=True)
+    return upernet_cost.forward_flops(
+        config.model.embed_dim,
+        classes,
+        (side, side),
+        channels=options.channels,
+        aux_channels=options.aux_channels,
+        training=True,
+    )
 
 
 def state_bytes(config: Config, grad_accum_steps: int) -> dict[str, int]:

@@ -28,9 +28,10 @@ from nepa_dist.data.whole import WholeImages
 from nepa_dist.engines.base import Engine
 from nepa_dist.engines.mesh import World
 from nepa_dist.guard import StopFlag
+from nepa_dist.provenance import Kind, Provenance, Result
 from nepa_dist.reporting import Reporter
 from nepa_dist.run import Run
-from nepa_dist.run_folder import write_bytes, write_text
+from nepa_dist.run_folder import versions, write_bytes, write_text
 from nepa_dist.tasks.base import Scores, Task, build_task
 from nepa_dist.watchdog import Watchdog
 
@@ -138,18 +139,25 @@ class Validator:
         """Write the weights; returns whether that worked."""
         run = self._run
         folder, step = run.config.run_dir / BEST, run.state.step
-        content = "moving average of the weights" if run.config.optim.ema_decay is not None else "weights"
-        facts = {"format": "pt", "content": content, "step": str(step), scores.main: repr(scores.values[scores.main])}
-        facts |= {"config_digest": run.config.digest(), "data_fingerprint": run.container.fingerprint}
+        kind: Kind = "raw" if run.config.optim.ema_decay is None else "ema"
+        provenance = Provenance(
+            kind,
+            run.config.name,
+            step,
+            run.state.samples_seen,
+            run.config.digest(),
+            run.container.fingerprint,
+            versions(),
+            tuple(Result(f"{name}, validation split", value, step) for name, value in scores.values.items()),
+        )
+        facts = {"format": "pt", scores.main: repr(scores.values[scores.main])} | provenance.to_metadata()
         state = {name: tensor.contiguous() for name, tensor in task.state_dict().items()}
         try:
             folder.mkdir(exist_ok=True)
             write_bytes(folder / "model.safetensors", safetensors.torch.save(state, facts))
             write_text(folder / "config.json", json.dumps(run.config.model_dump(mode="json"), indent=2) + "\n")
             write_text(folder / "per_class.csv", scores.per_class)
-            write_text(
-                folder / "results.json", json.dumps({"step": step, "weights": content, **scores.values}, indent=2) + "\n"
-            )
+            write_text(folder / "results.json", json.dumps({"step": step, "weights": kind, **scores.values}, indent=2) + "\n")
         except OSError as error:
             reporter.event(f"the best weights so far cannot be written to {folder}: {error}; training goes on")
             return False
