@@ -9,6 +9,7 @@ A pipeline is a file ``configs/pipeline/NAME.yaml``, or, without one, the recipe
 stages:
   pretrain: {options: "--nodes 8"}        # recipe: the name of the pipeline; options: as on the command line
   finetune: {from: pretrain}              # from: starts with the weights of that stage
+  scratch: {task: finetune}               # task: the name of the stage
 ```
 """
 
@@ -18,7 +19,7 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ _FIRST = "pretrain"
 class Part(NamedTuple):
     """One stage as a pipeline file or the defaults say it."""
 
+    name: str
     task: str
     recipe: str
     start: str | None
@@ -109,19 +111,19 @@ def read_parts(args: argparse.Namespace) -> tuple[list[Part], list[str]]:
     if name in recipe_names(FOLDER):
         parts, problems = _read_file(CONFIGS / FOLDER / f"{name}.yaml", name)
     else:
-        parts = [Part(task, name, None if task == _FIRST else _FIRST, []) for task in TASKS if name in recipe_names(task)]
+        parts = [Part(task, task, name, None if task == _FIRST else _FIRST, []) for task in TASKS if name in recipe_names(task)]
         if not parts:
             known = [*recipe_names(FOLDER), *_common_recipes()]
             problems.append(f"unknown pipeline {name!r}{nearest(name, known)} (known: {', '.join(known)})")
     if args.stages is not None and not problems:
-        by_task = {part.task: part for part in parts}
+        by_name = {part.name: part for part in parts}
         wanted = args.stages.split(",")
         problems += [
-            f"--stages: no stage {task!r}{nearest(task, by_task)} (known: {', '.join(by_task)})"
-            for task in wanted
-            if task not in by_task
+            f"--stages: no stage {stage!r}{nearest(stage, by_name)} (known: {', '.join(by_name)})"
+            for stage in wanted
+            if stage not in by_name
         ]
-        parts = [by_task[task] for task in dict.fromkeys(wanted) if task in by_task]
+        parts = [by_name[stage] for stage in dict.fromkeys(wanted) if stage in by_name]
     return parts, problems
 
 
@@ -130,17 +132,17 @@ def build_stages(parts: Sequence[Part], args: argparse.Namespace, root: Path) ->
     found: dict[str, list[str]] = {}
     stages: list[Stage] = []
     for part in parts:
-        words = [*part.words, *_words_for(part.task, args), "--run-dir", str(root / part.task)]
+        words = [*part.words, *_words_for(part, parts, args), "--run-dir", str(root / part.name)]
         if part.start is not None:
             words += ["--init", str(root / part.start)]
         stage_args = stage_parser(part.task).parse_args([part.recipe, *words])
         stage_args.dry_run = args.dry_run
         layers, problems = collect_layers(stage_args)
-        checked = check_stage(stage_args, layers, [root / stage.part.task for stage in stages])
+        checked = check_stage(stage_args, layers, [root / stage.part.name for stage in stages])
         for problem in [*problems, *checked.problems]:
-            found.setdefault(problem, []).append(part.task)
+            found.setdefault(problem, []).append(part.name)
         stages.append(Stage(part, stage_args, checked))
-    return stages, [f"{', '.join(tasks)}: {problem}" for problem, tasks in found.items()]
+    return stages, [f"{', '.join(names)}: {problem}" for problem, names in found.items()]
 
 
 def run_here(root: Path, stages: Sequence[Stage]) -> tuple[int, list[str]]:
@@ -148,7 +150,7 @@ def run_here(root: Path, stages: Sequence[Stage]) -> tuple[int, list[str]]:
     problems: list[str] = []
     code = 0
     for number, stage in enumerate(stages, 1):
-        title = f"stage {number} of {len(stages)}, {stage.part.task}"
+        title = f"stage {number} of {len(stages)}, {stage.part.name}"
         if stage.is_finished:
             print(f"{title}: finished before, {stage.config.run_dir}", flush=True)
             continue
@@ -156,7 +158,7 @@ def run_here(root: Path, stages: Sequence[Stage]) -> tuple[int, list[str]]:
         try:
             code = launch_local(stage.config, stage.checked.changes)
         except LaunchError as error:
-            code, problems = 2, [f"{stage.part.task}: {error}"]
+            code, problems = 2, [f"{stage.part.name}: {error}"]
         if code:
             print(f"{title}: ended with exit code {code}; the same command goes on here", file=sys.stderr, flush=True)
             break
@@ -171,23 +173,24 @@ def _describe(stages: Sequence[Stage]) -> Iterator[str]:
         state = "finished" if stage.is_finished else "exists, would go on" if config.run_dir.exists() else "new"
         steps = "unknown number of" if checked.steps is None else f"{checked.steps:,}"
         start = f", starts with {stage.part.start}" if stage.part.start else ""
-        yield f"{stage.part.task}: {steps} steps on {config.cluster.world_size} ranks{start}; {config.run_dir} ({state})"
+        yield f"{stage.part.name}: {steps} steps on {config.cluster.world_size} ranks{start}; {config.run_dir} ({state})"
 
 
-def _words_for(task: str, args: argparse.Namespace) -> Iterator[str]:
-    """The options of one stage: those for all stages, then its own."""
-    for own in (False, True):
+def _words_for(part: Part, parts: Sequence[Part], args: argparse.Namespace) -> Iterator[str]:
+    """The options of one stage: those for all stages, then those of its task, then its own."""
+    stages = {*TASKS, *(other.name for other in parts)}
+    for wanted in dict.fromkeys((None, part.task, part.name)):
         for action in _stage_options():
             for text in getattr(args, action.dest):
-                stage, value = _split(text)
-                if stage == (task if own else None):
+                stage, value = _split(text, stages)
+                if stage == wanted:
                     yield f"{action.option_strings[0]}={value}"
 
 
-def _split(text: str) -> tuple[str | None, str]:
+def _split(text: str, stages: Collection[str] = TASKS) -> tuple[str | None, str]:
     """(stage or None for all, value) of ``[STAGE:]VALUE``."""
-    match = re.fullmatch(f"(?s)({'|'.join(TASKS)}):(.*)", text)
-    return (match[1], match[2]) if match else (None, text)
+    stage, colon, value = text.partition(":")
+    return (stage, value) if colon and stage in stages else (None, text)
 
 
 def _stage_options() -> list[argparse.Action]:
@@ -202,25 +205,35 @@ def _read_file(path: Path, name: str) -> tuple[list[Part], list[str]]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         stages = content["stages"]
-        items = [(str(task), dict(fields or {})) for task, fields in stages.items()]
+        items = [(str(stage), dict(fields or {})) for stage, fields in stages.items()]
     except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
-        return [], [f"{path}: expected stages: {{TASK: {{recipe, from, options}}}}: {error}"]
-    problems = [problem for task, fields in items for problem in _part_problems(path, task, fields, stages)]
+        return [], [f"{path}: expected stages: {{NAME: {{task, recipe, from, options}}}}: {error}"]
+    problems = [problem for stage, fields in items for problem in _part_problems(path, stage, fields, stages)]
     if problems:
         return [], problems
-    parts = [Part(t, str(f.get("recipe", name)), f.get("from"), shlex.split(str(f.get("options", "")))) for t, f in items]
-    return parts, []
+    return [
+        Part(
+            stage,
+            str(fields.get("task", stage)),
+            str(fields.get("recipe", name)),
+            fields.get("from"),
+            shlex.split(str(fields.get("options", ""))),
+        )
+        for stage, fields in items
+    ], []
 
 
-def _part_problems(path: Path, task: str, fields: Mapping[str, Any], stages: Mapping[str, Any]) -> Iterator[str]:
-    if task not in TASKS:
-        yield f"{path}: unknown stage {task!r}{nearest(task, TASKS)} (known: {', '.join(TASKS)})"
+def _part_problems(path: Path, stage: str, fields: Mapping[str, Any], stages: Mapping[str, Any]) -> Iterator[str]:
+    if not re.fullmatch(r"[a-z][a-z0-9_-]*", stage):
+        yield f"{path}: {stage!r} cannot name a stage: it takes small letters, digits, '-' and '_'"
+    if (task := str(fields.get("task", stage))) not in TASKS:
+        yield f"{path}: {stage}: unknown task {task!r}{nearest(task, TASKS)} (known: {', '.join(TASKS)})"
     for key in fields:
-        if key not in ("recipe", "from", "options"):
-            yield f"{path}: {task}: unknown key {key!r} (known: recipe, from, options)"
-    before = list(stages)[: list(stages).index(task)]
+        if key not in ("task", "recipe", "from", "options"):
+            yield f"{path}: {stage}: unknown key {key!r} (known: task, recipe, from, options)"
+    before = list(stages)[: list(stages).index(stage)]
     if (start := fields.get("from")) is not None and start not in before:
-        yield f"{path}: {task}: from {start!r} is no earlier stage"
+        yield f"{path}: {stage}: from {start!r} is no earlier stage"
 
 
 def _common_recipes() -> list[str]:

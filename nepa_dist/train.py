@@ -151,7 +151,7 @@ def train(
             stopping |= _settle(run, reporter, pending, bad, last=done)
             pending = None
         if validator is not None and validating and not stopping:
-            stopping = not validator.validate(reporter, watchdog.beat)
+            stopping = not validator.validate(reporter, watchdog)
         if saving or stopping:
             saver.start()
             if done or stopping:

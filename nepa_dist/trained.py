@@ -1,4 +1,4 @@
-"""Trained models from wherever they are kept: the folder of a run, a checkpoint, converted weights, official weights.
+"""Trained models from wherever they are kept: the folder of a run, a checkpoint, exported weights, official weights.
 
 What a path holds is decided by what lies in it: ``checkpoints/`` makes it a run, ``manifest.json`` a checkpoint,
 ``config.json`` weights, official ones if that says ``hidden_size``. A file of tensors needs its ``config.json`` beside it.
@@ -6,25 +6,25 @@ What a path holds is decided by what lies in it: ``checkpoints/`` makes it a run
 
 from __future__ import annotations
 
-import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.checkpoint.store import CheckpointStore
-from nepa_dist.config import Config, DataConfig
-from nepa_dist.export import OfficialTask, load_official, read_official
-from nepa_dist.tasks.base import build_task
-from nepa_dist.tasks.finetune import FinetuneTask
-from nepa_dist.tasks.pretrain import PretrainTask
-
-OFFICIAL_EMA = "pytorch_model_ema.bin"
+from nepa_dist.config import Config, ConfigError, DataConfig
+from nepa_dist.data.device import normalize
+from nepa_dist.model import Features, VisionTransformer
+from nepa_dist.names import misfits
+from nepa_dist.official import OFFICIAL_EMA, OfficialFormatError, read_json, read_official
+from nepa_dist.provenance import Kind, Provenance
+from nepa_dist.tasks.base import Task, build_task
 
 _log = logging.getLogger(__name__)
 
@@ -33,47 +33,155 @@ class WeightsError(ValueError):
     """A path that holds no model that can be loaded; the message says what is wrong with it."""
 
 
-class Trained(NamedTuple):
-    """A model and what its images must look like."""
+class Weights(NamedTuple):
+    """Tensors and what they are of."""
 
-    task: OfficialTask
+    state: dict[str, Tensor]
+    """By the names of a task: ``backbone.*``, ``head.*``. CPU, in the dtype they are stored in."""
+    config: Config
+    """Of the run. For official weights: task, model and normalisation are theirs, the rest is the defaults."""
+    provenance: Provenance
+    ones: tuple[str, ...] = ()
+    """QK-norm weights that official weights lack; they are ones."""
+
+
+class Trained(NamedTuple):
+    """A model and where it comes from."""
+
+    task: Task
     """In evaluation mode, on the CPU, in fp32."""
-    data: DataConfig
-    """Its ``mean`` and ``std`` normalise the pixels."""
-    origin: str
-    """Which weights these are, for people: step, averaged or raw."""
+    config: Config
+    """See :class:`Weights`."""
+    provenance: Provenance
+
+    @property
+    def data(self) -> DataConfig:
+        """Its ``mean`` and ``std`` normalise the pixels."""
+        return self.config.data
+
+    @property
+    def origin(self) -> str:
+        """Which weights these are, for people: step, averaged or raw."""
+        return self.provenance.origin
+
+
+class Backbone(nn.Module):
+    """A trained backbone for images of any size.
+
+    Args:
+        model: the vision transformer.
+        config: attention, mean and std are those that it was trained with.
+        provenance: where it comes from.
+    """
+
+    def __init__(self, model: VisionTransformer, config: Config, provenance: Provenance) -> None:
+        super().__init__()
+        self.model = model
+        self.causal = config.causal
+        """Whether a token saw only itself and earlier ones in training."""
+        self.mean, self.std = config.data.mean, config.data.std
+        """For pixels in [0, 1]."""
+        self.provenance = provenance
+
+    def forward(self, images: Tensor, *, layers: tuple[int, ...] = (), causal: bool | None = None) -> Features:
+        """Features of normalised images.
+
+        A side that is no multiple of the patch size is scaled to the nearest one (bilinear, antialiased), at least one patch.
+
+        Args:
+            images: [B, 3, H, W] float, normalised with ``mean`` and ``std``; H and W any.
+            layers: blocks whose outputs are wanted too (``taps``), by index from 0; negative ones count from the end.
+            causal: whether a token sees only itself and earlier ones; default: as in training. A backbone that was pretrained
+                causally and not fine-tuned has never looked ahead.
+
+        Returns:
+            ``hidden`` [B, T, D] after the final norm, CLS first, then the patches of ``grid`` row by row; ``embed``, ``taps``.
+
+        Raises:
+            ValueError: the images have another shape, or a layer is no block.
+        """
+        P, size = self.model.config.patch_size, tuple(images.shape[2:])
+        fitting = tuple(max(1, int(side / P + 0.5)) * P for side in size)
+        if images.dim() == 4 and min(images.shape) > 0 and fitting != size:
+            images = nn.functional.interpolate(images, size=fitting, mode="bilinear", align_corners=False, antialias=True)
+        features: Features = self.model(images, causal=self.causal if causal is None else causal, taps=layers)
+        return features
+
+    def prepare(self, pixels: Tensor) -> Tensor:
+        """Normalise uint8 pixels [B, H, W, 3] to float32 [B, 3, H, W] on their device."""
+        return normalize(pixels, self.mean, self.std)
+
+
+def load_backbone(path: str | Path, *, ema: bool = True) -> Backbone:
+    """Load the backbone of any run, checkpoint or weights, whatever head it was trained with.
+
+    Args:
+        path: see :func:`read_weights`.
+        ema: see :func:`read_weights`.
+
+    Returns:
+        In evaluation mode, on the CPU, in fp32.
+
+    Raises:
+        WeightsError, CheckpointError, OfficialFormatError: as for :func:`read_weights`, or tensors do not fit.
+    """
+    state, config, provenance, _ = read_weights(path, ema=ema)
+    prefix = "backbone."
+    own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    backbone = VisionTransformer(config.model)
+    _fill(backbone, own, path)
+    return Backbone(backbone, config, provenance).float().eval()
 
 
 def load_trained(path: str | Path, *, ema: bool = True) -> Trained:
-    """Load a model for looking at it.
+    """Load a model with the head that it was trained with.
+
+    Args:
+        path: see :func:`read_weights`.
+        ema: see :func:`read_weights`.
+
+    Raises:
+        WeightsError, CheckpointError, OfficialFormatError: as for :func:`read_weights`, or tensors do not fit.
+    """
+    state, config, provenance, _ = read_weights(path, ema=ema)
+    try:
+        task = build_task(config)
+    except ConfigError as error:
+        raise WeightsError(f"{path} cannot be built: {'; '.join(error.problems)}") from None
+    _fill(task, state, path)
+    return Trained(task.float().eval(), config, provenance)
+
+
+def read_weights(path: str | Path, *, ema: bool = True) -> Weights:
+    """Read the weights at a path; no model is built.
 
     Args:
         path: a run's folder (its newest checkpoint that verifies; newer ones that do not are logged), a checkpoint's folder,
-            a folder of weights as ``convert`` or the official code writes it, or a safetensors file beside its ``config.json``.
-        ema: take the averaged weights where there are any. A folder that ``convert`` made holds one kind only.
+            a folder of weights as ``python -m nepa_dist.export`` or the official code writes it, or a file of weights beside
+            its ``config.json``.
+        ema: take the averaged weights where there are any. Exported weights are of one kind, which their header says. What
+            was frozen has no average: its average is the weight.
 
     Raises:
-        WeightsError: there is nothing at the path, it is none of these, or its content does not fit.
+        WeightsError: there is nothing at the path, it is none of these, or its configuration is not valid here.
         CheckpointError: the run has no checkpoint that verifies, or the checkpoint does not.
-        OfficialFormatError: official weights that cannot be loaded.
+        OfficialFormatError: official weights that cannot be read.
     """
     path = Path(path)
     if not path.exists():
         raise WeightsError(f"there is no run and no file of weights at {path}")
-    if path.is_file():
-        return _from_weights(path.parent, path, ema=ema)
     if (path / "checkpoints").is_dir():
         return _from_run(path, ema=ema)
     if (path / "manifest.json").is_file():
         return _from_checkpoint(path, ema=ema, check_digests=True)
-    if (path / "config.json").is_file():
-        return _from_weights(path, None, ema=ema)
+    if path.is_file() or (path / "config.json").is_file():
+        return _from_folder(path, ema=ema)
     raise WeightsError(
         f"{path} is no run (no checkpoints/ in it), no checkpoint (no manifest.json) and no weights (no config.json)"
     )
 
 
-def _from_run(run_dir: Path, *, ema: bool) -> Trained:
+def _from_run(run_dir: Path, *, ema: bool) -> Weights:
     found = CheckpointStore(run_dir / "checkpoints").latest()
     damaged = [f"{path}: {reason}" for path, reason in found.passed_over]
     if found.path is None:
@@ -83,36 +191,37 @@ def _from_run(run_dir: Path, *, ema: bool) -> Trained:
     return _from_checkpoint(found.path, ema=ema, check_digests=False)
 
 
-def _from_checkpoint(folder: Path, *, ema: bool, check_digests: bool) -> Trained:
+def _from_checkpoint(folder: Path, *, ema: bool, check_digests: bool) -> Weights:
     manifest, reader = CheckpointStore.open(folder, check_digests=check_digests)
     config = _config(manifest.meta.get("config"), folder / "manifest.json")
-    field = "ema" if ema and "ema" in reader.common_fields() else "weight"
-    state = {name: reader.read(name, [field])[field] for name in reader.names()}
-    kind = "averaged" if field == "ema" else "raw"
-    return Trained(_fill(config, state, folder), config.data, f"step {manifest.step}, {kind} weights")
+    averaged = {name for name in reader.names() if ema and "ema" in reader.fields(name)}
+    state = {}
+    for name in reader.names():
+        field = "ema" if name in averaged else "weight"
+        state[name] = reader.read(name, [field])[field]
+    kind: Kind = "ema" if averaged else "raw"
+    return Weights(state, config, Provenance.of_checkpoint(folder, manifest, kind))
 
 
-def _from_weights(folder: Path, file: Path | None, *, ema: bool) -> Trained:
-    settings = _read_settings(folder / "config.json", file)
-    if "hidden_size" in settings:
-        averaged = ema and file is None and (folder / OFFICIAL_EMA).is_file()
-        task = read_official(folder, ema=averaged) if file is None else load_official(_read_tensors(file), settings)
-        return Trained(task, DataConfig(), "official format" + (", averaged weights" if averaged else ""))
-    config = _config(settings, folder / "config.json")
-    file = file or folder / "model.safetensors"
-    return Trained(_fill(config, _read_tensors(file), file), config.data, "converted weights")
-
-
-def _read_settings(config_file: Path, file: Path | None) -> dict[str, Any]:
-    if not config_file.is_file():
-        raise WeightsError(f"{file} has no config.json beside it, which says what model these weights are of")
+def _from_folder(path: Path, *, ema: bool) -> Weights:
+    """Exported or official weights: a folder, or a file in it."""
+    folder = path.parent if path.is_file() else path
     try:
-        settings = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WeightsError(f"{config_file} is not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise WeightsError(f"{config_file} holds no settings by name")
-    return settings
+        settings = read_json(folder / "config.json", "it says what model these weights are of")
+    except OfficialFormatError as error:
+        raise WeightsError(str(error)) from None
+    if "hidden_size" in settings:
+        averaged = ema and path.is_dir() and (path / OFFICIAL_EMA).is_file()
+        official = read_official(path, ema=averaged)
+        kind: Kind = "ema" if averaged or path.name == OFFICIAL_EMA else "unknown"
+        return Weights(official.state, official.config, Provenance(kind, folder.resolve().name), official.ones)
+    config = _config(settings, folder / "config.json")
+    file = path if path.is_file() else path / "model.safetensors"
+    state, metadata = _read_file(file)
+    try:
+        return Weights(state, config, Provenance.from_metadata(metadata, folder.resolve().name))
+    except (ValueError, TypeError) as error:
+        raise WeightsError(f"the header of {file} is malformed: {error}") from None
 
 
 def _config(values: Any, origin: Path) -> Config:
@@ -125,19 +234,20 @@ def _config(values: Any, origin: Path) -> Config:
         raise WeightsError("\n  - ".join([f"the configuration in {origin} is not valid here:", *problems])) from None
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        return load_file(file)
+        with safe_open(file, framework="pt") as content:
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a dict
+            return tensors, content.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{file} cannot be read as safetensors: {error}") from None
 
 
-def _fill(config: Config, state: dict[str, Tensor], origin: Path) -> OfficialTask:
-    task = build_task(config)
-    if not isinstance(task, PretrainTask | FinetuneTask):
-        raise WeightsError(f"{origin} is of task {config.task!r}; pretraining and classification can be loaded here")
-    try:
-        task.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise WeightsError(f"{origin} does not fit its configuration: {error}") from None
-    return task.float().eval()
+def _fill(module: nn.Module, state: Mapping[str, Tensor], origin: str | Path) -> None:
+    """Give a module all of its weights, or say everything that does not fit."""
+    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    problems = misfits({name: tensor.shape for name, tensor in state.items()}, wanted, by="the configuration says")
+    if problems:
+        raise WeightsError("\n  - ".join([f"{origin} does not fit its configuration:", *problems]))
+    with torch.no_grad():
+        module.load_state_dict(state, strict=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import safetensors.torch
 import torch
@@ -28,10 +28,12 @@ from nepa_dist.data.whole import WholeImages
 from nepa_dist.engines.base import Engine
 from nepa_dist.engines.mesh import World
 from nepa_dist.guard import StopFlag
+from nepa_dist.provenance import Kind, Provenance, Result
 from nepa_dist.reporting import Reporter
 from nepa_dist.run import Run
-from nepa_dist.run_folder import write_bytes, write_text
+from nepa_dist.run_folder import versions, write_bytes, write_text
 from nepa_dist.tasks.base import Scores, Task, build_task
+from nepa_dist.watchdog import Watchdog
 
 BEST = "best"
 """Folder of the best weights, in the run's."""
@@ -42,9 +44,7 @@ class Validator:
 
     Args:
         run: what is validated; its state notes the results.
-        reporter: told the scores.
         stop: asked between batches, so that a signal need not wait for the end of a long validation.
-        beat: called after each batch.
 
     Raises:
         DataError: the data has no validation split.
@@ -79,14 +79,14 @@ class Validator:
         due = step > 0 and (step % self._every == 0 or step >= self._run.plan.steps)
         return due and self._run.state.evaluated_step < step
 
-    def validate(self, reporter: Reporter, beat: Callable[[], None]) -> bool:
+    def validate(self, reporter: Reporter, watchdog: Watchdog) -> bool:
         """Score the averaged weights (the weights themselves where none are kept) and keep them if they are the best.
 
         A collective.
 
         Args:
             reporter: told the scores.
-            beat: called after each batch.
+            watchdog: told of each batch; what only waits for other ranks or for the disk is no hang.
 
         Returns:
             False if a signal came first: the scores are thrown away, and the step stays pending.
@@ -95,49 +95,38 @@ class Validator:
             ValueError: nothing could be scored.
         """
         run, state, start = self._run, self._run.state, time.perf_counter()
-        task = replica(run.config, run.engine, run.world)
-        sums, bad = self._measure(task, beat)
-        parts = run.world.gather((self._stop.is_set, {name: tensor.cpu() for name, tensor in sums.items()}, bad))
-        if any(stopped for stopped, _, _ in parts):
-            return False
-        total = add_up([part for _, part, _ in parts])
-        for name, reason in sorted({pair for _, _, found in parts for pair in found}):
-            reporter.event(f"left out of the validation: {name}: {reason}")
-        scores = task.score(total, self._container.class_names)
-        state.evaluated_step, score = state.step, scores.values[scores.main]
-        best = state.best_score is None or score > state.best_score
-        if best:
-            best = run.world.gather(self._keep(task, scores, reporter) if run.world.is_main else True)[0]
-        if best:
-            state.best_score, state.best_step = score, state.step
+        with watchdog.pause():
+            task = replica(run.config, run.engine, run.world)
+
+        def go_on() -> bool:
+            watchdog.beat()
+            return not self._stop.is_set
+
+        sums, bad = measure(task, self._pass(), run.config, run.world.device, go_on)
+        with watchdog.pause():
+            parts = run.world.gather((self._stop.is_set, {name: tensor.cpu() for name, tensor in sums.items()}, bad))
+            if any(stopped for stopped, _, _ in parts):
+                return False
+            for name, reason in sorted({pair for _, _, found in parts for pair in found}):
+                reporter.event(f"left out of the validation: {name}: {reason}")
+            scores = task.score(add_up([part for _, part, _ in parts]), self._container.class_names)
+            state.evaluated_step, score = state.step, scores.values[scores.main]
+            better = state.best_score is None or score > state.best_score
+            if better and run.world.gather(run.world.is_main and self._keep(task, scores, reporter))[0]:
+                state.best_score, state.best_step = score, state.step
         seconds = time.perf_counter() - start
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.values.items())
-        reporter.event(f"validation at step {state.step}: {shown}{' (best so far)' if best else ''}")
-        reporter.validated(
-            state.step, scores.values | {"best_score": state.best_score or 0.0, "eval_seconds": seconds}, seconds
-        )
+        reporter.event(f"validation at step {state.step}: {shown}{' (best so far)' if state.best_step == state.step else ''}")
+        values = scores.values | {"eval_seconds": seconds}
+        if state.best_score is not None:
+            values["best_score"] = state.best_score
+        reporter.validated(state.step, values, seconds)
         return True
 
     def close(self) -> None:
         """End the workers."""
         if self._loader is not None:
             self._loader.close()
-
-    def _measure(self, task: Task, beat: Callable[[], None]) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
-        config, device = self._run.config, self._run.world.device
-        sums: dict[str, Tensor] = {}
-        bad = []
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision != "fp32")
-        with torch.inference_mode(), autocast:
-            for batch in self._pass():
-                bad += [(sample.name, sample.reason) for sample in batch.bad]
-                if len(batch.ids):
-                    part = task.measure(to_device(batch, device, config.data.mean, config.data.std))
-                    sums = add_up([sums, part])
-                beat()
-                if self._stop.is_set:
-                    break
-        return sums, bad
 
     def _pass(self) -> Iterator[Batch]:
         if self._batches is None or self._loader is None:
@@ -150,22 +139,58 @@ class Validator:
         """Write the weights; returns whether that worked."""
         run = self._run
         folder, step = run.config.run_dir / BEST, run.state.step
-        content = "moving average of the weights" if run.config.optim.ema_decay is not None else "weights"
-        facts = {"format": "pt", "content": content, "step": str(step), scores.main: repr(scores.values[scores.main])}
-        facts |= {"config_digest": run.config.digest(), "data_fingerprint": run.container.fingerprint}
+        kind: Kind = "raw" if run.config.optim.ema_decay is None else "ema"
+        provenance = Provenance(
+            kind,
+            run.config.name,
+            step,
+            run.state.samples_seen,
+            run.config.digest(),
+            run.container.fingerprint,
+            versions(),
+            tuple(Result(f"{name}, validation split", value, step) for name, value in scores.values.items()),
+        )
+        facts = {"format": "pt", scores.main: repr(scores.values[scores.main])} | provenance.to_metadata()
         state = {name: tensor.contiguous() for name, tensor in task.state_dict().items()}
         try:
             folder.mkdir(exist_ok=True)
             write_bytes(folder / "model.safetensors", safetensors.torch.save(state, facts))
             write_text(folder / "config.json", json.dumps(run.config.model_dump(mode="json"), indent=2) + "\n")
             write_text(folder / "per_class.csv", scores.per_class)
-            write_text(
-                folder / "results.json", json.dumps({"step": step, "weights": content, **scores.values}, indent=2) + "\n"
-            )
+            write_text(folder / "results.json", json.dumps({"step": step, "weights": kind, **scores.values}, indent=2) + "\n")
         except OSError as error:
             reporter.event(f"the best weights so far cannot be written to {folder}: {error}; training goes on")
             return False
         return True
+
+
+def measure(
+    task: Task, batches: Iterable[Batch], config: Config, device: torch.device, go_on: Callable[[], bool] = lambda: True
+) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
+    """Add up what a task measures over batches.
+
+    Args:
+        task: in evaluation mode, on the device.
+        batches: of the validation split.
+        config: normalisation and precision.
+        device: where the task is.
+        go_on: asked after each batch; False ends it.
+
+    Returns:
+        The sums by name, and name and reason of each sample that was left out.
+    """
+    sums: dict[str, Tensor] = {}
+    bad = []
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision != "fp32")
+    with torch.inference_mode(), autocast:
+        for batch in batches:
+            bad += [(sample.name, sample.reason) for sample in batch.bad]
+            if len(batch.ids):
+                part = task.measure(to_device(batch, device, config.data.mean, config.data.std))
+                sums = add_up([sums, part])
+            if not go_on():
+                break
+    return sums, bad
 
 
 def replica(config: Config, engine: Engine, world: World) -> Task:

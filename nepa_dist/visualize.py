@@ -208,7 +208,7 @@ def plot_maps(
 
     task = trained.task
     pixels = normalize(torch.from_numpy(image.copy())[None], trained.data.mean, trained.data.std)[0]
-    causal = task.objective.causal if isinstance(task, PretrainTask) else task.causal
+    causal = trained.config.causal
     rows = []
     for query in queries:
         maps = attention_maps(task.backbone, pixels, query, layers=layers, causal=causal)

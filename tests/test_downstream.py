@@ -111,7 +111,7 @@ def test_the_best_weights_are_kept_as_what_they_are(whole):
     with safe_open(run_dir / "best" / "model.safetensors", "pt") as file:
         facts = file.metadata()
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    assert facts["content"] == "moving average of the weights"
+    assert facts["weights"] == "ema"
     assert (int(facts["step"]), float(facts[key])) == (best["step"], best[key])
     if best["step"] == 8:
         _, state = state_of(run_dir)

@@ -1,106 +1,206 @@
-"""Official checkpoints: folders, bare backbones, and what is refused. Figures are compared in test_golden.py."""
+"""``python -m nepa_dist.export``: every format, from every kind of source; what is refused; the model card."""
 
 import json
-import logging
+import os
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm_reference import import_timm
 
-from nepa_dist.config import FinetuneConfig, ModelConfig, ObjectiveConfig
-from nepa_dist.export import OfficialFormatError, load_official, read_official, to_official, write_official
-from nepa_dist.tasks.finetune import FinetuneTask
-from nepa_dist.tasks.pretrain import PretrainTask
+from nepa_dist import timm_names
+from nepa_dist.checkpoint.store import CheckpointStore
+from nepa_dist.config import Config
+from nepa_dist.export import main
+from nepa_dist.tasks.base import build_task
+from nepa_dist.trained import load_backbone, load_trained
 
-MODEL = ModelConfig(image_size=28, embed_dim=32, depth=2, num_heads=2, qk_norm_affine=True)
-IMAGES = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+MODEL = {"image_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}
+DATA = {"source": "/data/secret-place/photos", "mean": [0.1, 0.2, 0.3]}
+PRETRAIN = {"task": "pretrain", "name": "small", "model": MODEL, "data": DATA, "steps": 20}
+FINETUNE = PRETRAIN | {"task": "finetune", "finetune": {"num_classes": 5}}
+SEGMENT = PRETRAIN | {
+    "task": "segment",
+    "segment": {"num_classes": 5, "taps": [0, 0, 1, 1], "channels": 32, "aux_channels": 32},
+}
+IMAGES = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+
+
+def save_run(folder, values, step=20):
+    """A run with one checkpoint: random weights, and averages (of what is trained) that are other random weights."""
+    config = Config.model_validate(values)
+    generator = torch.Generator().manual_seed(0)
+    entries = []
+    for name, parameter in build_task(config).named_parameters():
+        fields = ["weight", "ema"] if parameter.requires_grad else ["weight"]
+        entries.append((name, {field: 0.3 * torch.randn(parameter.shape, generator=generator) for field in fields}))
+    meta = {"config": config.model_dump(mode="json"), "state": {"samples_seen": 5120}, "config_digest": "c0ffee"}
+    CheckpointStore(folder / "checkpoints").save(step, entries, meta | {"data_fingerprint": "beef", "versions": {"torch": "2"}})
+    return folder
 
 
 @pytest.fixture
-def official():
-    return to_official(PretrainTask(MODEL, seed=5))
+def runs(tmp_path):
+    """Folders of a run of each task."""
+    return {values["task"]: save_run(tmp_path / values["task"], values) for values in (PRETRAIN, FINETUNE, SEGMENT)}
 
 
-def test_folder_round_trip(tmp_path):
-    task = FinetuneTask(MODEL, FinetuneConfig(num_classes=7, pool="last", causal=True), seed=5).eval()
-    torch.nn.init.normal_(task.head.linear.weight)
-    write_official(task, tmp_path / "out")
-    again = read_official(tmp_path / "out")
-    assert isinstance(again, FinetuneTask)
-    assert again.backbone.config.mlp_hidden_dim_ == 128
-    assert torch.equal(again.logits(IMAGES), task.logits(IMAGES))
+def header(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return file.metadata()
 
 
-def test_bin_file_and_ema_file(tmp_path, official):
-    state, config = official
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    torch.save(state, tmp_path / "pytorch_model.bin")
-    torch.save({name: tensor + 1 for name, tensor in state.items()}, tmp_path / "pytorch_model_ema.bin")
-    raw, ema = read_official(tmp_path), read_official(tmp_path, ema=True)
-    torch.testing.assert_close(ema.backbone.cls_token, raw.backbone.cls_token + 1)
+def hidden(path, **options):
+    with torch.no_grad():
+        return load_backbone(path, **options)(IMAGES).hidden
 
 
-class Boom:
-    def __reduce__(self):
-        return (open, ("/nonexistent/executed", "w"))
+@pytest.mark.parametrize("task", ["pretrain", "finetune", "segment"])
+@pytest.mark.parametrize("options", [[], ["--raw"]])
+def test_native_weights_are_the_model_of_the_run(runs, tmp_path, task, options, capsys):
+    out = tmp_path / "new" / "out"
+    assert main([str(runs[task]), str(out), *options]) == 0
+    kind, ema = ("raw weights", False) if options else ("averaged weights", True)
+    assert f"small: step 20, {kind}" in capsys.readouterr().out
+    assert sorted(os.listdir(out)) == ["README.md", "config.json", "model.safetensors"]
+    assert os.listdir(out.parent) == ["out"]
+    mine, theirs = load_trained(out), load_trained(runs[task], ema=ema)
+    assert mine.config == theirs.config
+    assert all(mine.task.state_dict()[name].equal(tensor) for name, tensor in theirs.task.state_dict().items())
+    facts = header(out)
+    assert (facts["weights"], facts["step"], facts["samples_seen"]) == ("ema" if ema else "raw", "20", "5120")
+    assert (facts["config_digest"], facts["data_fingerprint"], facts["format"]) == ("c0ffee", "beef", "pt")
 
 
-def test_bin_file_never_runs_code(tmp_path, official):
-    (tmp_path / "config.json").write_text(json.dumps(official[1]))
-    torch.save({"vit_nepa.embeddings.cls_token": Boom()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(OfficialFormatError, match="does not hold plain tensors"):
-        read_official(tmp_path)
+@pytest.mark.parametrize("task", ["pretrain", "finetune", "segment"])
+@pytest.mark.parametrize("format", ["native", "official"])
+def test_the_backbone_alone_of_every_task(runs, tmp_path, task, format):
+    assert main([str(runs[task]), str(tmp_path / "out"), "--backbone", "--format", format]) == 0
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert not [name for name in names if name.startswith(("head.", "classifier.", "fc_norm."))]
+    assert hidden(tmp_path / "out").equal(hidden(runs[task]))
+    assert load_backbone(tmp_path / "out").causal == (task == "pretrain")
+    assert "left out" in (tmp_path / "out" / "README.md").read_text() or task == "pretrain"
 
 
-def test_bare_backbone(official):
-    state, config = official
-    bare = {name.removeprefix("vit_nepa."): tensor for name, tensor in state.items()}
-    assert torch.equal(load_official(bare, config).backbone.cls_token, state["vit_nepa.embeddings.cls_token"])
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_official_weights_and_back(runs, tmp_path, task):
+    assert main([str(runs[task]), str(tmp_path / "official"), "--format", "official"]) == 0
+    assert "preprocessor_config.json" in os.listdir(tmp_path / "official")
+    assert json.loads((tmp_path / "official" / "config.json").read_text())["dtype"] == "float32"
+    assert main([str(tmp_path / "official"), str(tmp_path / "native")]) == 0
+    assert header(tmp_path / "native")["weights"] == "unknown"
+    again, first = load_trained(tmp_path / "native"), load_trained(runs[task])
+    assert (again.config.task, again.config.causal, again.data.mean) == (task, first.config.causal, first.data.mean)
+    assert all(again.task.state_dict()[name].equal(tensor) for name, tensor in first.task.state_dict().items())
 
 
-def test_missing_qk_norm_weights_are_ones_and_reported(official, caplog):
-    state, config = official
-    kept = {name: tensor for name, tensor in state.items() if "q_norm" not in name and "k_norm" not in name}
-    with caplog.at_level(logging.WARNING):
-        task = load_official(kept, config)
-    assert torch.equal(task.backbone.blocks[1].attn.k_norm.weight, torch.ones(16))
-    assert "4 QK-norm weights" in caplog.text
-    assert "vit_nepa.encoder.layer.1.attention.attention.k_norm.weight" in caplog.text
+def test_facts_travel_through_another_export(runs, tmp_path):
+    (runs["pretrain"] / "metrics.jsonl").write_text('{"step": 20, "time": 1, "loss": -0.5}\n')
+    assert main([str(runs["pretrain"]), str(tmp_path / "first")]) == 0
+    assert main([str(tmp_path / "first"), str(tmp_path / "second"), "--dtype", "bf16"]) == 0
+    assert header(tmp_path / "second") == header(tmp_path / "first")
+    weight = load_file(tmp_path / "second" / "model.safetensors")["backbone.cls_token"]
+    assert weight.equal(load_file(tmp_path / "first" / "model.safetensors")["backbone.cls_token"].bfloat16())
+    assert "| training loss | -0.5000 | 20 |" in (tmp_path / "second" / "README.md").read_text()
 
 
-def test_all_misfits_are_listed_at_once(official):
-    state, config = official
-    del state["vit_nepa.layernorm.bias"]
-    state["vit_nepa.pooler.weight"] = torch.zeros(2)
-    state["vit_nepa.embeddings.cls_token"] = torch.zeros(1, 1, 31)
-    with pytest.raises(OfficialFormatError) as caught:
-        load_official(state, config)
-    message = str(caught.value)
-    assert "missing: vit_nepa.layernorm.bias" in message
-    assert "left over: vit_nepa.pooler.weight" in message
-    assert "shape of vit_nepa.embeddings.cls_token: [1, 1, 31], the config says [1, 1, 32]" in message
+def test_the_usage_that_the_card_of_timm_weights_shows_works(runs, tmp_path, monkeypatch):
+    assert main([str(runs["finetune"]), str(tmp_path / "out"), "--format", "timm"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    usage = card.split("```python\n")[1].split("\n```")[0]
+    assert usage == timm_names.USAGE.format(folder="out", causal=False)
+    try:
+        import_timm()
+    except ImportError as error:
+        pytest.skip(f"timm is not installed: {error}")
+    monkeypatch.chdir(tmp_path)
+    found = {"images": IMAGES}
+    exec(usage, found)
+    torch.testing.assert_close(found["features"], hidden(runs["finetune"]), atol=1e-5, rtol=1e-5)
 
 
-def test_config_that_is_not_supported(official):
-    state, config = official
-    del config["hidden_size"]
-    config |= {"hidden_act": "relu", "qk_norm_bias": True}
-    with pytest.raises(OfficialFormatError) as caught:
-        load_official(state, config)
-    for part in ("hidden_size is missing", "hidden_act 'relu'", "qk_norm_bias = True"):
-        assert part in str(caught.value)
+def test_the_usage_that_the_card_of_other_weights_shows_works(runs, tmp_path, monkeypatch):
+    assert main([str(runs["segment"]), str(tmp_path / "out")]) == 0
+    usage = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("\n```")[0]
+    monkeypatch.chdir(tmp_path)
+    found = {"pixels": torch.zeros(1, 30, 40, 3, dtype=torch.uint8)}
+    exec(usage, found)
+    assert found["features"].grid == (4, 6)
 
 
-def test_folder_without_weights(tmp_path, official):
-    with pytest.raises(OfficialFormatError, match=r"config\.json is missing"):
-        read_official(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(official[1]))
-    with pytest.raises(OfficialFormatError, match=r"holds none of: model\.safetensors"):
-        read_official(tmp_path)
+def test_the_card_says_what_the_weights_are_and_what_they_score(runs, tmp_path):
+    run = runs["finetune"]
+    rows = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 1.5, "top1": 0.75}, {"step": 30, "loss": 0.1}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    probes = [{"layer": "embed", "knn": 0.2, "linear": 0.3}, {"layer": 0, "knn": 0.5, "linear": 0.6}]
+    probes += [{"layer": "final", "knn": 0.4, "linear": 0.7}]
+    evaluation = {"step": 20, "weights": "ema", "objective": {"loss": -0.9}, "trained": probes}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    assert main([str(run), str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in (
+        "a classifier of 5 classes",
+        "| weights | averaged weights (moving average) |",
+        "| step | 20 |",
+        "| images seen | 5,120 |",
+        "| attention in training | every token sees every other |",
+        "| normalisation of pixels in [0, 1] | mean [0.1, 0.2, 0.3], std [0.5, 0.5, 0.5] |",
+        "| training data | photos |",
+        "| digest of the training data | beef |",
+        "| training loss | 1.5000 | 20 |",
+        "| top1, validation during training | 0.7500 | 20 |",
+        "| k-NN top-1, layer 0 (ema weights, held-out images) | 0.5000 | 20 |",
+        "| k-NN top-1, layer final (ema weights, held-out images) | 0.4000 | 20 |",
+        "| linear probe top-1, layer final (ema weights, held-out images) | 0.7000 | 20 |",
+        "  embed_dim: 32",
+        "  num_classes: 5",
+    ):
+        assert part in card, part
+    assert card.count("linear probe") == 1, "the best layer is the last"
+    assert "secret-place" not in card
+    (run / "evaluation.json").write_text("{")
+    (run / "metrics.jsonl").unlink()
+    assert main([str(run), str(tmp_path / "bare")]) == 0
+    assert "None are recorded." in (tmp_path / "bare" / "README.md").read_text()
 
 
-def test_models_that_the_official_format_cannot_hold():
-    task = PretrainTask(MODEL.model_copy(update={"rope": False}), ObjectiveConfig(mask_ratio=0.5))
-    with pytest.raises(OfficialFormatError) as caught:
-        to_official(task)
-    assert "learned positions" in str(caught.value)
-    assert "mask token" in str(caught.value)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/typo", "{tmp}/out"], "there is no run and no file of weights at"),
+        (["{tmp}/pretrain", "{tmp}/finetune"], "finetune exists; name a new folder"),
+        (["{tmp}/pretrain", "{tmp}/file/out"], "out cannot be written"),
+        (["{tmp}/segment", "{tmp}/out", "--format", "official"], "no head for task 'segment'; the backbone alone"),
+        (["{tmp}/segment", "{tmp}/out", "--format", "timm"], "no head for task 'segment'; the backbone alone"),
+    ],
+)
+def test_a_mistake_is_named_and_nothing_is_left_behind(runs, tmp_path, capsys, arguments, message):
+    (tmp_path / "file").write_text("")
+    before = sorted(os.listdir(tmp_path))
+    assert main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.out == ""
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_full_disk_leaves_nothing_behind(runs, tmp_path, monkeypatch, capsys):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    before = sorted(os.listdir(tmp_path))
+    assert main([str(runs["pretrain"]), str(tmp_path / "out")]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_header_that_is_malformed_is_named(runs, tmp_path, capsys):
+    assert main([str(runs["pretrain"]), str(tmp_path / "out")]) == 0
+    file = tmp_path / "out" / "model.safetensors"
+    for facts in ({"weights": "magic"}, {"weights": "ema", "step": "soon"}, {"weights": "ema", "results": "[1]"}):
+        save_file(load_file(file), tmp_path / "out" / "other.safetensors", facts)
+        assert main([str(tmp_path / "out" / "other.safetensors"), str(tmp_path / "again")]) == 2
+        assert "the header of" in capsys.readouterr().err

@@ -9,36 +9,47 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from nepa_dist.config import OptimConfig
+from nepa_dist.config import Config, OptimConfig
 from nepa_dist.engines.base import gradient_norm
-from nepa_dist.export import load_official, to_official
+from nepa_dist.official import from_official, to_official
 from nepa_dist.optim import AdamWEMA, param_groups
+from nepa_dist.tasks.base import build_task
+from nepa_dist.transfer import transfer
 
 GOLDEN = Path(__file__).parent / "golden"
 PRETRAIN = ["pretrain_gelu", "pretrain_swiglu"]
 
 
-def load(name):
+def read(name):
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         config = json.loads(file.metadata()["config"])
     weights = {key.removeprefix("weight/"): value for key, value in tensors.items() if key.startswith("weight/")}
-    return load_official(weights, config), weights, tensors
+    return weights, config, tensors
+
+
+def load(name):
+    weights, config, tensors = read(name)
+    state, config, ones = from_official(weights, config)
+    assert not ones
+    task = build_task(config).eval()
+    task.load_state_dict(state, strict=True)
+    return task, config, weights, tensors
 
 
 @pytest.mark.parametrize("name", PRETRAIN)
 def test_embeddings_predictions_loss_and_gradients(name):
-    task, _, golden = load(name)
+    task, config, _, golden = load(name)
     features = task.backbone(golden["pixel_values"], causal=True)
     torch.testing.assert_close(features.embed, golden["input_embedding"], atol=1e-5, rtol=0)
     torch.testing.assert_close(features.hidden, golden["prediction"], atol=1e-5, rtol=0)
     loss, _ = task({"images": golden["pixel_values"]})
     torch.testing.assert_close(loss, golden["loss"], atol=1e-5, rtol=0)
     loss.backward()
-    for parameter in task.parameters():  # to_official translates names, so let it translate the gradients too
-        parameter.data = parameter.grad
-    gradients, _ = to_official(task)
+    # to_official translates names, so let it translate the gradients too.
+    gradients, _ = to_official({name: parameter.grad for name, parameter in task.named_parameters()}, config)
     for key, value in gradients.items():
         expected = golden[f"grad/{key}"]
         # Relative to the tensor's norm; the gradient of a key bias is zero up to rounding, hence the floor.
@@ -47,7 +58,7 @@ def test_embeddings_predictions_loss_and_gradients(name):
 
 @pytest.mark.parametrize("name", PRETRAIN)
 def test_twenty_optimizer_steps(name):
-    task, _, golden = load(name)
+    task, _, _, golden = load(name)
     optimizer = AdamWEMA(param_groups(task.parameters(), 0.05), OptimConfig())
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
@@ -64,15 +75,27 @@ def test_twenty_optimizer_steps(name):
 
 
 def test_bidirectional_classifier():
-    task, _, golden = load("classify_bidirectional")
+    task, _, _, golden = load("classify_bidirectional")
+    torch.testing.assert_close(task.logits(golden["pixel_values"]), golden["logits"], atol=1e-5, rtol=0)
+
+
+def test_a_published_classifier_moves_into_a_fine_tuning_run(tmp_path):
+    weights, settings, golden = read("classify_bidirectional")
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    save_file(weights, tmp_path / "model.safetensors")
+    recipe = {"task": "finetune", "model": from_official(weights, settings).config.model, "finetune": {"num_classes": 10}}
+    task = build_task(Config.model_validate(recipe)).eval()
+    account = transfer(task, tmp_path, ema=False)
+    assert account.fresh == account.left_over == ()
     torch.testing.assert_close(task.logits(golden["pixel_values"]), golden["logits"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", [*PRETRAIN, "classify_bidirectional"])
 def test_weights_go_back_unchanged(name):
-    task, weights, _ = load(name)
-    state, config = to_official(task)
+    task, config, weights, _ = load(name)
+    state, official_config = to_official(task.state_dict(), config)
     assert state.keys() == weights.keys()
     assert all(torch.equal(state[key], weights[key]) for key in weights)
-    again = load_official(state, config)
-    assert all(torch.equal(a, b) for a, b in zip(task.state_dict().values(), again.state_dict().values(), strict=True))
+    again = from_official(state, official_config)
+    assert (again.config.model, again.config.finetune) == (config.model, config.finetune)
+    assert all(torch.equal(again.state[key], tensor) for key, tensor in task.state_dict().items())

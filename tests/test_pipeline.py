@@ -174,6 +174,19 @@ def test_a_file_says_what_the_stages_are_and_the_command_line_wins(trainer: Trai
     assert trainer.runs[1].init.path == str(trainer.runs[0].run_dir)
 
 
+def test_a_stage_may_have_a_name_of_its_own(trainer: Trainer, configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (configs / "pipeline" / "mine.yaml").write_text(
+        "stages: {pretrain: {recipe: vit_tiny}, finetune: {recipe: vit_tiny, from: pretrain}, "
+        "scratch: {task: finetune, recipe: vit_tiny}}"
+    )
+    assert submit.main(["pipeline", "mine", *SHORT, "--set", "finetune:seed=5", "--set", "scratch:seed=7", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "finetune: " in out
+    assert "scratch: " in out
+    assert "starts with pretrain" in out.split("finetune: ")[1].split("\n")[0]
+    assert "starts with" not in out.split("scratch: ")[1].split("\n")[0]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -181,7 +194,7 @@ def test_a_file_says_what_the_stages_are_and_the_command_line_wins(trainer: Trai
         ("- 1", "expected stages"),
         ("stages: {pretrain: {recpie: x}}", "unknown key 'recpie'"),
         ("stages: {finetune: {from: pretrain}, pretrain: {}}", "from 'pretrain' is no earlier stage"),
-        ("stages: {train: {}}", "unknown stage 'train'"),
+        ("stages: {train: {}}", "unknown task 'train'"),
         ("stages: [", "expected stages"),
     ],
 )

@@ -1,35 +1,39 @@
-"""Models from a run, a checkpoint and weights; and ``python -m nepa_dist.visualize`` on them."""
+"""Models and backbones from a run, a checkpoint and weights; and ``python -m nepa_dist.visualize`` on them."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from images import image_folder
-from nepa_dist.checkpoint.convert import convert
 from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.checkpoint.store import CheckpointStore
-from nepa_dist.config import Config, FinetuneConfig
-from nepa_dist.export import write_official
-from nepa_dist.tasks.finetune import FinetuneTask
-from nepa_dist.tasks.pretrain import PretrainTask
-from nepa_dist.trained import WeightsError, load_trained
+from nepa_dist.config import Config
+from nepa_dist.export import export
+from nepa_dist.tasks.base import build_task
+from nepa_dist.trained import WeightsError, load_backbone, load_trained
 from nepa_dist.visualize import default_queries, main
 
 MODEL = {"image_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 CONFIG = Config.model_validate({"model": MODEL, "data": {"source": "digits", "mean": [0.1, 0.2, 0.3]}, "seed": 4})
-TASK = PretrainTask(CONFIG.model, CONFIG.objective, seed=CONFIG.seed)
+TASK = build_task(CONFIG)
 
 
-def save_step(run, step, *, ema=True):
-    """A checkpoint whose raw weights are those of TASK plus the step; the averages are those of TASK."""
+CLASSIFIER = Config.model_validate(CONFIG.model_dump() | {"task": "finetune", "finetune": {"num_classes": 3}})
+
+
+def save_step(run, step, *, ema=True, config=CONFIG):
+    """A checkpoint whose raw weights are the initial ones plus the step; the averages, of what is trained, are the initial."""
     entries = []
-    for name, tensor in TASK.state_dict().items():
-        fields = {"weight": tensor + step}
-        entries.append((name, fields | {"ema": tensor} if ema else fields))
-    return CheckpointStore(run / "checkpoints").save(step, iter(entries), {"config": CONFIG.model_dump(mode="json")})
+    for name, parameter in build_task(config).named_parameters():
+        fields = {"weight": parameter.detach() + step}
+        entries.append((name, fields | {"ema": parameter.detach()} if ema and parameter.requires_grad else fields))
+    return CheckpointStore(run / "checkpoints").save(step, iter(entries), {"config": config.model_dump(mode="json")})
 
 
 @pytest.fixture
@@ -69,21 +73,33 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(run, caplog):
         load_trained(run)
 
 
-def test_converted_weights_are_read_as_folder_and_as_file(run, tmp_path):
-    convert(run / "checkpoints" / "step-00000002", tmp_path / "out", what="weights", dtype=torch.bfloat16)
+def test_exported_weights_are_read_as_folder_and_as_file(run, tmp_path):
+    export(run, tmp_path / "out", ema=False, dtype=torch.bfloat16)
     for path in (tmp_path / "out", tmp_path / "out" / "model.safetensors"):
         trained = load_trained(path)
         assert offset(trained) == 2
         assert trained.data.mean == (0.1, 0.2, 0.3)
         assert trained.task.backbone.cls_token.dtype == torch.float32
+        assert trained.origin == "step 2, raw weights"
 
 
-def test_official_weights_are_read_as_folder_and_as_file(tmp_path):
-    write_official(TASK, tmp_path / "out")
+def test_official_weights_are_read_as_folder_and_as_file(run, tmp_path):
+    export(run, tmp_path / "out", format="official")
     for path in (tmp_path / "out", tmp_path / "out" / "model.safetensors"):
         trained = load_trained(path)
         assert offset(trained) == 0
-        assert trained.data.mean == (0.5, 0.5, 0.5)
+        assert trained.data.mean == (0.1, 0.2, 0.3)
+        assert trained.origin == "weights as published"
+
+
+def test_averages_of_official_weights_are_preferred(run, tmp_path):
+    export(run, tmp_path / "out", format="official")
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    torch.save({name: tensor + 1 for name, tensor in state.items()}, tmp_path / "out" / "pytorch_model_ema.bin")
+    averaged, other = load_trained(tmp_path / "out"), load_trained(tmp_path / "out", ema=False)
+    assert (offset(averaged), averaged.origin) == (1, "averaged weights")
+    assert (offset(other), other.origin) == (0, "weights as published")
+    assert offset(load_trained(tmp_path / "out" / "pytorch_model_ema.bin")) == 1
 
 
 def test_what_holds_no_model_is_named(tmp_path):
@@ -93,7 +109,7 @@ def test_what_holds_no_model_is_named(tmp_path):
         load_trained(tmp_path)
     file = tmp_path / "alone.safetensors"
     save_file({"x": torch.zeros(1)}, file)
-    with pytest.raises(WeightsError, match=r"alone.safetensors has no config.json beside it"):
+    with pytest.raises(WeightsError, match=r"config.json is missing: it says what model these weights are of"):
         load_trained(file)
     for text, message in (
         ("{", "config.json is not JSON"),
@@ -105,11 +121,53 @@ def test_what_holds_no_model_is_named(tmp_path):
         with pytest.raises(WeightsError, match=message):
             load_trained(file)
     (tmp_path / "config.json").write_text(json.dumps({"model": MODEL}))
-    with pytest.raises(WeightsError, match=r"alone.safetensors does not fit its configuration"):
+    with pytest.raises(WeightsError, match=r"(?s)alone.safetensors does not fit its configuration.*missing: .*left over: x"):
         load_trained(file)
     file.write_bytes(b"no tensors")
     with pytest.raises(WeightsError, match=r"alone.safetensors cannot be read as safetensors"):
         load_trained(file)
+
+
+def test_what_was_frozen_has_no_average_and_gives_its_weight(tmp_path):
+    save_step(tmp_path / "run", 1, config=CLASSIFIER)
+    trained = load_trained(tmp_path / "run")
+    assert (offset(trained), trained.origin) == (0, "step 1, averaged weights")
+    frozen = (trained.task.backbone.patch_embed.weight - TASK.backbone.patch_embed.weight).detach()
+    assert round(float(frozen.mean()), 3) == 1
+
+
+def test_a_backbone_comes_without_the_head_of_its_task(run, tmp_path):
+    save_step(tmp_path / "classifier", 1, config=CLASSIFIER)
+    for path, causal in ((run, True), (tmp_path / "classifier", False)):
+        backbone = load_backbone(path)
+        assert (backbone.causal, backbone.mean, backbone.training) == (causal, (0.1, 0.2, 0.3), False)
+        assert backbone.model.cls_token.equal(TASK.backbone.cls_token)
+    assert load_backbone(run, ema=False).model.cls_token.equal(TASK.backbone.cls_token + 2)
+
+
+@pytest.mark.parametrize(("size", "grid"), [((24, 24), (6, 6)), ((8, 32), (2, 8)), ((25, 30), (6, 8)), ((1, 3), (1, 1))])
+def test_a_backbone_takes_images_of_any_size(run, size, grid):
+    backbone = load_backbone(run)
+    pixels = torch.randint(256, (2, *size, 3), dtype=torch.uint8)
+    images = backbone.prepare(pixels)
+    torch.testing.assert_close(images[:, 2], (pixels[..., 2] / 255 - 0.3) / 0.5)
+    with torch.no_grad():
+        features = backbone(images, layers=(0, -1))
+        assert features.grid == grid
+        assert features.hidden.shape == features.taps[-1].shape == (2, 1 + grid[0] * grid[1], 16)
+        if size == (24, 24):
+            assert features.hidden.equal(TASK.eval().backbone(images, causal=True).hidden)
+            assert not features.hidden.equal(backbone(images, causal=False).hidden)
+
+
+def test_torch_hub_loads_a_backbone_from_a_folder_of_this_project(run, tmp_path):
+    code = "import sys, torch; m = torch.hub.load(sys.argv[1], 'nepa_backbone', source='local', weights=sys.argv[2], ema=False)"
+    code += "; print(m(torch.zeros(1, 3, 24, 24)).hidden.shape, m.provenance.origin)"
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-I", "-c", code, str(root), str(run)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "torch.Size([1, 37, 16]) step 2, raw weights"
 
 
 @pytest.fixture
@@ -133,8 +191,8 @@ def test_a_run_gets_a_picture_of_three_panels_and_three_queries(run, photo, caps
 
 
 def test_a_classifier_has_no_similarity_map(tmp_path, photo):
-    write_official(TASK, tmp_path / "plain")
-    write_official(FinetuneTask(CONFIG.model, FinetuneConfig(num_classes=3)), tmp_path / "classifier")
+    save_step(tmp_path / "plain", 1)
+    save_step(tmp_path / "classifier", 1, config=CLASSIFIER)
     sizes = []
     for name in ("plain", "classifier"):
         assert main([str(tmp_path / name), str(photo), "--query-patch", "7", "--out", str(tmp_path / name)]) == 0

@@ -43,12 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True)
     inspect = actions.add_parser("inspect", help="a table of the checkpoints; reads headers only")
     verify = actions.add_parser("verify", help="read every byte and name each damaged file")
-    make = actions.add_parser("convert", help="write weights, averages or a smaller checkpoint to a new folder")
+    make = actions.add_parser("convert", help="write a smaller checkpoint to a new folder; for weights alone: nepa_dist.export")
     for action in (inspect, verify, make):
         action.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     make.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="new folder")
     make.add_argument("--step", type=int, metavar="N", help="default: the newest checkpoint that verifies")
-    make.add_argument("--what", choices=get_args(What), default="weights", help="default: weights")
+    make.add_argument("--what", choices=get_args(What), default="weights+ema", help="default: weights+ema")
     make.add_argument("--dtype", choices=list(DTYPES), help="default: as stored, fp32")
     return parser
 

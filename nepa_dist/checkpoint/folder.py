@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,26 @@ def flush_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write to that gets its name when the block ends: it is there whole, or, after an error, not at all.
+
+    Args:
+        target: does not exist; folders above it are made.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    temp = target.parent / f".tmp-{target.name}-{os.getpid()}"
+    temp.mkdir(parents=True)
+    try:
+        yield temp
+        os.rename(temp, target)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+    flush_folder(target.parent)
 
 
 def _read_manifest(path: Path) -> Manifest:

@@ -1,0 +1,116 @@
+"""``python -m nepa_dist.score WEIGHTS --data DATA``: accuracy or mIoU of a trained model on a validation split.
+
+WEIGHTS is whatever :func:`nepa_dist.trained.load_trained` reads: the folder of a run, its ``best`` folder, a checkpoint,
+exported weights, official fine-tuned weights. Every image counts once. The same measurement as during training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from nepa_dist.checkpoint.portable import CheckpointError
+from nepa_dist.config import Config, ConfigError
+from nepa_dist.config_load import load_config
+from nepa_dist.data.containers import open_split
+from nepa_dist.data.loader import EvalLoader
+from nepa_dist.data.transforms import eval_transform
+from nepa_dist.data.whole import WholeImages
+from nepa_dist.run_folder import write_text
+from nepa_dist.tasks.base import Scores, Task
+from nepa_dist.tasks.finetune import FinetuneTask
+from nepa_dist.tasks.segment import SegmentTask
+from nepa_dist.trained import load_trained
+from nepa_dist.validation import measure, spread
+
+
+def score(task: Task, config: Config, device: torch.device) -> Scores:
+    """Measure a task on the validation split of ``config.data``.
+
+    Args:
+        task: classification or segmentation, in evaluation mode; moved to the device.
+        config: its data, how images are resized (``evaluate``), precision (``engine.precision``).
+        device: where the model runs.
+
+    Raises:
+        DataError: there is no validation split.
+        ValueError: nothing can be scored, or the data has classes that the model has not.
+    """
+    container = open_split(config.data, "val", image_size=config.model.image_size)
+    ids = spread(len(container), config.evaluate.max_samples)
+    if isinstance(task, SegmentTask):
+        batches = iter(WholeImages(container, config, ids))
+    else:
+        batches = iter(
+            EvalLoader(
+                container,
+                config.data,
+                image_size=config.model.image_size,
+                batch_size=config.evaluate.batch_size,
+                indices=ids,
+                transform=eval_transform(config),
+            )
+        )
+    sums, bad = measure(task.to(device), batches, config, device)
+    for name, reason in bad:
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    return task.score(sums, container.class_names)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nepa_dist.score", description="Accuracy or mIoU of a trained model on a validation split."
+    )
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="folder of a run, its best/, a checkpoint or weights")
+    parser.add_argument("--data", metavar="DATA", help="default: the run's own; needed for weights of others")
+    parser.add_argument("--raw", action="store_true", help="use the weights themselves, not their average")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json and per_class.csv there")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="evaluate.resize=1.05, segment.eval_flip=true, ..."
+    )
+    args = parser.parse_args(argv)
+    try:
+        trained = load_trained(args.weights, ema=not args.raw)
+        if not isinstance(trained.task, FinetuneTask | SegmentTask):
+            raise ValueError(
+                f"{args.weights} is a pretrained model: it has no classes. Probe it with python -m nepa_dist.evaluate"
+            )
+        config = _config(trained.config, args.data, args.set)
+        if isinstance(trained.task, SegmentTask):
+            trained.task.config = config.segment
+        result = score(trained.task, config, torch.device(args.device))
+    except ConfigError as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        return 2
+    except (ValueError, OSError, CheckpointError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{args.weights}: {trained.origin}, on {config.data.source}")
+    for name, value in result.values.items():
+        print(f"  {name:<10}{value:.4f}")
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_text(args.out / "results.json", json.dumps(result.values, indent=2) + "\n")
+        write_text(args.out / "per_class.csv", result.per_class)
+    return 0
+
+
+def _config(config: Config, source: str | None, overrides: list[str]) -> Config:
+    """The configuration of the weights, with other data and other settings of the evaluation."""
+    strange = [item for item in overrides if not item.startswith(("data.", "engine.", "evaluate.", "segment."))]
+    if strange:
+        raise ConfigError([f"--set {item}: only data, engine, evaluate and segment matter here" for item in strange])
+    layers = config.model_dump(mode="json")
+    if source is not None:
+        layers["data"]["source"] = source
+    return load_config(overrides=overrides, base=layers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
