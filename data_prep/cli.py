@@ -133,7 +133,9 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--container", choices=CONTAINERS, default="tar", help="default: tar")
-    parser.add_argument("--policy", default="short256", help="keep, shortN, shortN-qQ, or raw, rawN (beton); default: short256")
+    parser.add_argument(
+        "--policy", help="keep, shortN, shortN-qQ, or raw, rawN (beton); default: short256, for images with class masks keep"
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--shards", type=int, metavar="N", help="number of shards per split")
     size.add_argument("--shard-mb", type=float, metavar="MB", default=64.0, help="size of a shard; default: 64")

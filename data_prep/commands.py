@@ -44,7 +44,8 @@ def plan(args: Namespace) -> bool:
             folder,
             name=args.name or re.sub("[^A-Za-z0-9._-]", "-", args.source.resolve().name).lstrip("._-") or "data",
             container=args.container,
-            policy=args.policy,
+            # Segmentation crops more than 256 pixels.
+            policy=args.policy or ("keep" if source.has_masks else "short256"),
             seed=args.seed,
             num_shards=args.shards,
             shard_bytes=int(args.shard_mb * 1_000_000),

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.sources import SourceError, Split, listed, one_line
+from nepa_dist.data.decode import BadImage
 
 _SPLIT = re.compile(r"(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?)|(?P<test>test))(?=[-_.]|$)")
 _MAX_GROUP = 512 << 20
@@ -92,14 +93,14 @@ class ParquetSource:
         return int(self._labels[index])
 
     def read(self, index: int) -> bytes:
-        """The image file. Raises OSError if it cannot be read or the row holds no bytes."""
+        """The image file. Raises OSError if it cannot be read, BadImage if the row holds no bytes."""
         file, row = self._place(index)
         try:
             value = self._table(file).image(row, self._image, self._groups)
         except _arrow().lib.ArrowException as error:
             raise OSError(f"{self.name(index)} cannot be read: {error}") from None
         if value is None:
-            raise OSError(f"{self.name(index)} has no image bytes (only a path to a file, or nothing)")
+            raise BadImage("the row has no image bytes (only a path to a file, or nothing)")
         return bytes(value)
 
     def read_mask(self, index: int) -> None:

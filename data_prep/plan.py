@@ -7,6 +7,7 @@ the source and the settings alone, so any number of processes may make it, and i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from data_prep.files import write_file
 from data_prep.policy import ImagePolicy
-from data_prep.sources import Source
+from data_prep.sources import LOST, Source
 from nepa_dist.data.decode import BadImage
 from nepa_dist.data.index import MANIFEST
 from nepa_dist.data.order import permutation
@@ -220,12 +221,13 @@ def _guess_shards(source: Source, policy: ImagePolicy, shard_bytes: int) -> int:
     count = min(_PROBES, len(source))
     total = 0
     for index in (k * len(source) // count for k in range(count)):
-        data = source.read(index)
-        try:
-            total += len(policy.apply(data).image)
-        except BadImage:  # writing will deal with it
-            total += len(data)
-        total += len(source.read_mask(index) or b"")
+        with contextlib.suppress(BadImage, *LOST):  # writing will deal with it
+            data = source.read(index)
+            try:
+                total += len(policy.apply(data).image)
+            except BadImage:  # with this too
+                total += len(data)
+            total += len(source.read_mask(index) or b"")
     return max(1, min(len(source), round(total / count * len(source) / shard_bytes)))
 
 

@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 Split = Literal["train", "val"]
 KINDS = ("folder", "ilsvrc2012", "ade20k", "parquet")
 
+LOST = (FileNotFoundError, PermissionError)
+"""Errors of reading a sample that are about this sample alone; others are about the disk or the network."""
+
 _TABLE_FOLDERS = ("data", "train", "training", "val", "valid", "validation")
 
 
@@ -52,7 +55,7 @@ class Source(Protocol):
         """Class of a sample; -1 is unknown."""
 
     def read(self, index: int) -> bytes:
-        """The image file. Raises OSError if it cannot be read."""
+        """The image file. Raises OSError if it cannot be read, BadImage if the source holds none for this sample."""
 
     def read_mask(self, index: int) -> bytes | None:
         """The PNG with the class of each pixel, None without masks. Raises OSError if it cannot be read."""

@@ -30,7 +30,7 @@ from data_prep.policy import ImagePolicy
 from data_prep.pool import Report, run
 from data_prep.progress import Meter
 from data_prep.skip import SKIPPED
-from data_prep.sources import Source
+from data_prep.sources import LOST, Source
 from nepa_dist.data.decode import BadImage
 from nepa_dist.data.index import Manifest, ShardRecord
 from nepa_dist.data.prepared import crc32c_function
@@ -226,16 +226,17 @@ class _Samples(Sequence[StoredSample]):
         """One sample; None, and noted, if it cannot be used."""
         self._report.begin(number)
         name = self._source.name(number)
-        data = self._source.read(number)
-        mask = self._source.read_mask(number) if self._plan.has_masks else None
         try:
+            data = self._source.read(number)
+            mask = self._source.read_mask(number) if self._plan.has_masks else None
             image = self._policy.apply(data)
             if mask is not None:
                 size = (image.source_height, image.source_width)
                 classes = len(self._plan.class_names) or None
                 mask = self._policy.apply_mask(mask, image.height, image.width, source_size=size, num_classes=classes)
-        except BadImage as error:
-            self.bad[number] = BadSample(number, name, str(error))
+        except (BadImage, *LOST) as error:
+            reason = f"it cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+            self.bad[number] = BadSample(number, name, reason)
             return None
         if image.repairs:
             self.repairs[number] = Repair(number, name, image.repairs)

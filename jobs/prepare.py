@@ -14,29 +14,22 @@ import shlex
 import shutil
 import subprocess
 import sys
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from data_prep import cli
 from jobs.cluster import REPO_ROOT, USER_ERROR
+from nepa_dist.config_cluster import PATTERNS, is_hostile
 
 LOGS = "logs"
 """In OUT, beside the folders of the splits: what the jobs print."""
 
 _SOURCE_OPTIONS = ("split", "kind", "val_labels", "image_column", "label_column")
 _PLAN_OPTIONS = ("container", "policy", "shards", "shard_mb", "seed", "name", "skip_bad_list", "max_bad")
-_NAME = "[A-Za-z0-9_][A-Za-z0-9_.@+-]*"
-_PATTERNS = {
-    "partition": (f"{_NAME}(,{_NAME})*", "letters, digits and _ . @ + -, several with commas"),
-    "account": (_NAME, "letters, digits and _ . @ + -"),
-    "qos": (_NAME, "letters, digits and _ . @ + -"),
-    "time": ("([0-9]+-)?[0-9]+(:[0-9]+){0,2}", "minutes, hours:minutes:seconds or days-hours:minutes:seconds"),
-    "mem": ("[0-9]+[KMGT]?", "a number with K, M, G or T, such as 16G"),
-}
+_FORMS = {name: PATTERNS[name] for name in ("partition", "account", "qos", "time", "mem")}
 """Option whose text goes into a directive -> (what it must match as a whole, the same in words)."""
-_NEED_ARRAY = (*_PATTERNS, "cpus_per_task", "print")
+_NEED_ARRAY = (*_FORMS, "cpus_per_task", "print")
 _CPUS = 4
 _VARIABLES = {"array": "ARRAY_INX", "time": "TIMELIMIT", "mem": "MEM_PER_NODE"}
 
@@ -122,7 +115,7 @@ def plan_jobs(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Work
     source = list(words(_SOURCE_OPTIONS))
     quiet = ["--quiet"] if args.quiet else []
     common = ["--nodes=1", "--ntasks=1", f"--cpus-per-task={args.cpus_per_task or _CPUS}"]
-    common += [f"--{name}={value}" for name in _PATTERNS if (value := getattr(args, name)) is not None]
+    common += [f"--{name}={value}" for name in _FORMS if (value := getattr(args, name)) is not None]
     common += ["--open-mode=append", "--requeue"]  # a task that lost its node goes on in the same log
     program = [sys.executable, "-P", "-m", "data_prep"]
     return Work(
@@ -225,9 +218,9 @@ def _job_problems(args: argparse.Namespace) -> Iterator[str]:
         value = getattr(args, name)
         if value is not None and value < 1:
             yield f"{_option(name)} {value}: at least 1 is needed"
-    for name, (pattern, meaning) in _PATTERNS.items():
+    for name, (pattern, meaning) in _FORMS.items():
         value = getattr(args, name)
-        if value is not None and not re.fullmatch(pattern, value):
+        if value is not None and not re.fullmatch(pattern, value, re.ASCII):
             yield f"{_option(name)} {value!r}: it must be {meaning}"
     if args.array is not None and args.workers is not None:
         yield "--workers is for work here; a job has one worker per core: use --cpus-per-task"
@@ -240,7 +233,7 @@ def _text_problems(work: Work) -> Iterator[str]:
         yield f"{folder}: SLURM does not take the characters % and \\ of a log's path as they are; rename OUT"
     # Each of the user's words is in one of these.
     for text in dict.fromkeys([*work.plan, *work.write.words, str(REPO_ROOT)]):
-        if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
+        if is_hostile(text):
             yield f"{text!r} has a control character, a line break, or bytes that are no UTF-8; no job script may hold them"
 
 

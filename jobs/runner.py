@@ -2,8 +2,9 @@
 
 Started by the launcher of this machine, by torchrun (``torchrun --nproc-per-node 8 -m jobs.runner RUN_DIR``) or by srun.
 
-The exit code is that of the training (0 finished, 75 stopped after saving), 2 for a mistake in the configuration or the data,
-1 for everything else. Nothing slow is imported before the process is tied to its launcher.
+The exit code is that of the training (0 finished, 75 stopped after saving; under srun 0 for both), 2 for a mistake in the
+configuration or the data, 1 for everything else. RUN_DIR/job/outcome.json says which it was. Nothing slow is imported before
+the process is tied to its launcher.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import NoReturn
 
 from jobs.cluster import LAUNCHER_PID, USER_ERROR, environment_from_srun
 from jobs.runs import KINDS, write_outcome
-from nepa_dist.guard import EXIT_AGAIN, EXIT_FAILED, STOP_SIGNALS
+from nepa_dist.guard import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, STOP_SIGNALS
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -55,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         The exit code of the process. A failure that is not a user's mistake ends the process here instead, with code 1.
     """
     die_with_launcher()
-    os.environ.update(environment_from_srun(os.environ))
+    under_srun = environment_from_srun(os.environ)
+    os.environ.update(under_srun)
     for number in STOP_SIGNALS:
         signal.signal(number, stop_outside_training)
     arguments = sys.argv[1:] if argv is None else argv
@@ -74,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         code = train(config)
         if os.environ.get("RANK", "0") == "0":
             _note(run_dir, KINDS.get(code, "crashed"))
-        return code
+        # All ranks have stopped together. To srun that must look like a good end: it would kill those that are still closing.
+        return EXIT_DONE if code == EXIT_AGAIN and under_srun else code
     except Exception as error:
         if is_user_error(error):
             print(error, file=sys.stderr, flush=True)
@@ -103,7 +106,7 @@ def _fail(error: Exception, run_dir: Path) -> NoReturn:
     rank = int(os.environ.get("RANK", "0"))
     details = "".join(traceback.format_exception(error)).rstrip()
     summary = f"rank {rank} failed: {traceback.format_exception_only(error)[-1].strip()}"
-    if rank == 0:  # the output of the others is in their log already
+    if rank == 0 and "SLURM_PROCID" not in os.environ:  # the output of the others is in their log already
         log = run_dir / "logs" / "rank-0.txt"
         try:
             log.parent.mkdir(exist_ok=True)

@@ -19,6 +19,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from nepa_dist.config_base import ConfigError, Decay, Section, nearest
+from nepa_dist.config_cluster import ClusterConfig
 from nepa_dist.config_data import AugmentConfig, DataConfig
 from nepa_dist.config_model import ModelConfig, ObjectiveConfig
 from nepa_dist.config_task import EvaluateConfig, FinetuneConfig, SegmentConfig
@@ -171,20 +172,6 @@ class MetricsConfig(Section):
     """Address the endpoint binds to."""
     prometheus_port: int = Field(0, ge=0, le=65535)
     """0 takes a free port; run.json and the log name it."""
-
-
-class ClusterConfig(Section):
-    """Where the run executes. The only section that names a site."""
-
-    launcher: Literal["local", "slurm"] = "local"
-    nodes: int = Field(1, gt=0)
-    gpus_per_node: int = Field(1, gt=0)
-    """Processes per node, one per GPU."""
-
-    @property
-    def world_size(self) -> int:
-        """Processes of the whole run."""
-        return self.nodes * self.gpus_per_node
 
 
 class Config(Section):

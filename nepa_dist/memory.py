@@ -106,4 +106,20 @@ def activation_bytes(config: Config, num_tokens: int) -> int:
     whole = 16 * D + 2 * gate * H if engine.compile else 22 * D + (2 + 2 * gate) * H
     per_block = {"none": whole, "selective": min(whole, 14 * D + 2 * gate * H), "full": 2 * D}[engine.activation_checkpointing]
     once = whole if engine.activation_checkpointing == "full" else 0
-    return (per_block * model.depth + once) * num_tokens * (2 if engine.precision == "fp32" else 1)
+    backbone = (per_block * model.depth + once) * num_tokens * (2 if engine.precision == "fp32" else 1)
+    return backbone + _head_activation_bytes(config)
+
+
+def _head_activation_bytes(config: Config) -> int:
+    if config.task != "segment":
+        return 0
+    side, options = config.model.image_size // config.model.patch_size, config.segment
+    return upernet_cost.activation_bytes(
+        config.model.embed_dim,
+        config.num_classes or NUM_CLASSES_IF_UNKNOWN,
+        (side, side),
+        config.model.patch_size,
+        channels=options.channels,
+        aux_channels=options.aux_channels,
+        low_bytes=4 if config.engine.precision == "fp32" else 2,
+    )

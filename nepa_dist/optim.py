@@ -40,12 +40,28 @@ def learning_rate(step: int, plan: Plan, optim: OptimConfig, layer: int = 0) -> 
     return factor * (optim.min_lr + (peak - optim.min_lr) * shape)
 
 
-def param_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: tensors with two or more dimensions decay; biases, norms and LayerScale do not (paper, appendix)."""
-    parameters = [p for p in parameters if p.requires_grad]
+def param_groups(
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, lr_layer: Callable[[str], int]
+) -> list[dict[str, Any]]:
+    """Parameters that learn, by layer of the learning rate and by whether they decay; no group is empty.
+
+    Tensors with two or more dimensions decay; biases, norms and LayerScale do not (paper, appendix).
+
+    Args:
+        named: parameters by name; frozen ones are left out.
+        weight_decay: of those that decay.
+        lr_layer: see :meth:`nepa_dist.tasks.base.Task.lr_layer`.
+
+    Returns:
+        Groups as for ``torch.optim``, ascending by ``layer``, of each layer those that decay first.
+    """
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            groups.setdefault((lr_layer(name), parameter.ndim < 2), []).append(parameter)
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": groups[layer, plain], "layer": layer, "weight_decay": 0.0 if plain else weight_decay}
+        for layer, plain in sorted(groups)
     ]
 
 

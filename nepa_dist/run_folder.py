@@ -25,6 +25,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+SNAPSHOT = "SNAPSHOT.json"
+"""In the root of code that was copied for a job (:mod:`jobs.snapshot`): what it is a copy of."""
 PACKAGES = ("torch", "numpy", "pillow", "safetensors", "scikit-learn", "pydantic", "prometheus-client", "deepspeed")
 
 
@@ -92,9 +94,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_state() -> dict[str, Any]:
-    """Commit of the code and the files that differ from it; empty outside a git checkout."""
-    folder = Path(__file__).resolve().parent
+def git_state(folder: Path | None = None) -> dict[str, Any]:
+    """Commit of the code and the files that differ from it; of a snapshot what it was made of; empty outside both.
+
+    Args:
+        folder: root of the project; default: of the code that runs.
+    """
+    folder = folder or Path(__file__).resolve().parents[1]
+    if (folder / SNAPSHOT).exists():
+        try:
+            taken = json.loads((folder / SNAPSHOT).read_text(encoding="utf-8"))
+        except ValueError:
+            return {}
+        return {name: taken[name] for name in ("commit", "changed_files") if name in taken} | {"snapshot": taken.get("digest")}
 
     def git(*arguments: str) -> str | None:
         try:

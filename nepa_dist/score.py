@@ -16,7 +16,7 @@ import torch
 from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.config import Config, ConfigError
 from nepa_dist.config_load import load_config
-from nepa_dist.data.containers import DataError, open_split
+from nepa_dist.data.containers import open_split
 from nepa_dist.data.loader import EvalLoader
 from nepa_dist.data.transforms import eval_transform
 from nepa_dist.data.whole import WholeImages

@@ -175,7 +175,7 @@ def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFl
     """
     config, plan, state, world = run.config, run.plan, run.state, run.world
     for group in run.engine.param_groups:
-        group["lr"] = learning_rate(state.step, plan, config.optim, group.get("layer", 0))
+        group["lr"] = learning_rate(state.step, plan, config.optim, group["layer"])
     observe = (state.step + 1) % config.metrics.collapse_every == 0
     run.task.train()
     run.task.begin_step(state.step, observe=observe)

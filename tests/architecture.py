@@ -35,6 +35,7 @@ _LOOP = (
 ARROWS: dict[str, set[str]] = {
     "jobs": _SETTINGS
     | {
+        "config_cluster",
         "config_load",
         "data.augment",
         "data.containers",
@@ -84,7 +85,8 @@ ARROWS: dict[str, set[str]] = {
     "metrics": {"config", "presets"},
     "config_load": _SETTINGS,
     "plan": {"config", "presets"},
-    "config": {"config_base", "config_data", "config_model", "config_task", "presets"},
+    "config": {"config_base", "config_cluster", "config_data", "config_model", "config_task", "presets"},
+    "config_cluster": {"config_base"},
     "config_data": {"config_base"},
     "config_model": {"config_base", "presets"},
     "config_task": {"config_base"},

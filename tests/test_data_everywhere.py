@@ -12,7 +12,9 @@ from jobs.submit import main as submit
 from nepa_dist.config import DataConfig
 from nepa_dist.data.containers import DataError, Sample, open_container
 from nepa_dist.data.loader import EvalLoader, TrainLoader, add_digests, batch_digest
+from nepa_dist.metrics.sinks import read_curve
 from splits import planned, prepare, write
+from test_train import run
 
 CONTAINERS = ("folder", "tar", "mds", "beton")
 BATCH, STEPS = 8, 9  # 30 images: an epoch ends within the fourth step
@@ -167,6 +169,23 @@ def test_resuming_late_in_a_large_set_reads_only_the_first_batch():
     )
     next(iter(loader))
     assert container.reads == 64
+
+
+def logged(run_dir):
+    return {row["step"]: row["data_digest"] for row in read_curve(run_dir / "metrics.jsonl")}
+
+
+def test_the_log_proves_which_images_crops_and_flips_a_run_saw(places, tmp_path):
+    settings = ("steps=6", "checkpoint.every=3", "micro_batch_size=2")
+    result = run(tmp_path / "mds", places / "mds", *settings)
+    assert result.returncode == 0, result.stderr
+    expected = logged(tmp_path / "mds")
+    assert len(set(expected.values())) == len(expected) == 6
+    # Taken up in the middle, in another container, by more ranks and workers.
+    others = ["--gpus-per-node", "2", "--init", str(tmp_path / "mds/checkpoints/step-00000003"), "--load", "everything"]
+    result = run(tmp_path / "beton", places / "beton", *settings, "data.num_workers=2", options=others)
+    assert result.returncode == 0, result.stderr
+    assert logged(tmp_path / "beton") == {step: digest for step, digest in expected.items() if step > 3}
 
 
 def test_prepared_source_is_a_folder_with_splits(places):

@@ -39,7 +39,7 @@ class Saved(dict):
         return self[name]
 
 
-def make(name, ranks, **engine):
+def make(name, ranks, make_task=PretrainTask, **engine):
     optim = {"ema_decay": 0.5, "clip_grad_norm": 0.05}  # a clip that bites
     config = Config.model_validate(
         {
@@ -53,15 +53,15 @@ def make(name, ranks, **engine):
         }
     )
     plan = make_plan(config, 100)
-    task = PretrainTask(config.model, config.objective, seed=3)
+    task = make_task(config.model, config.objective, seed=3)
     return task, build_engine(task, config, plan, torch.device("cpu")), plan
 
 
-def update(task, engine, plan, step, rank, ranks, poison=False):
+def update(task, engine, plan, step, rank, ranks, poison=False, lr=lambda layer: 1e-3):
     task.train()
     task.begin_step(step, observe=False)
     for group in engine.param_groups:
-        group["lr"] = 1e-3
+        group["lr"] = lr(group["layer"])
     images = torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(step)).chunk(ranks)[rank]
     losses = []
     for micro, part in enumerate(images.chunk(plan.grad_accum_steps)):

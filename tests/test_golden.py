@@ -59,7 +59,7 @@ def test_embeddings_predictions_loss_and_gradients(name):
 @pytest.mark.parametrize("name", PRETRAIN)
 def test_twenty_optimizer_steps(name):
     task, _, _, golden = load(name)
-    optimizer = AdamWEMA(param_groups(task.parameters(), 0.05), OptimConfig())
+    optimizer = AdamWEMA(param_groups(task.named_parameters(), 0.05, task.lr_layer), OptimConfig())
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
     parameters = list(task.parameters())

@@ -39,7 +39,7 @@ def test_learning_rate_ends_at_min_lr_and_needs_no_warmup():
 
 def test_biases_norms_and_layer_scale_do_not_decay():
     task = PretrainTask(Config(model=SIZES).model)
-    decay, plain = param_groups(task.parameters(), 0.05)
+    decay, plain = param_groups(task.named_parameters(), 0.05, task.lr_layer)
     names = {id(p): name for name, p in task.named_parameters()}
     assert decay["weight_decay"] == 0.05
     assert plain["weight_decay"] == 0
@@ -47,6 +47,25 @@ def test_biases_norms_and_layer_scale_do_not_decay():
     assert all("norm" in names[id(p)] for p in plain["params"] if names[id(p)].endswith("weight"))
     assert "backbone.cls_token" in {names[id(p)] for p in decay["params"]}
     assert len(decay["params"]) + len(plain["params"]) == len(names)
+
+
+def test_groups_are_made_of_what_learns_by_layer_and_decay():
+    task = PretrainTask(Config(model=SIZES | {"depth": 2}).model)
+    task.backbone.patch_embed.requires_grad_(False)
+    groups = param_groups(task.named_parameters(), 0.05, lambda name: int(name.split(".")[2]) if ".blocks." in name else -1)
+    assert [(group["layer"], group["weight_decay"]) for group in groups] == [
+        (-1, 0.05),
+        (-1, 0),
+        (0, 0.05),
+        (0, 0),
+        (1, 0.05),
+        (1, 0),
+    ]
+    names = {id(p): name for name, p in task.named_parameters()}
+    assert {names[id(p)] for p in groups[0]["params"]} == {"backbone.cls_token"}
+    assert all(names[id(p)].startswith("backbone.blocks.1.") for group in groups[4:] for p in group["params"])
+    frozen = {"backbone.patch_embed.weight", "backbone.patch_embed.bias"}
+    assert sorted(names[id(p)] for group in groups for p in group["params"]) == sorted(set(names.values()) - frozen)
 
 
 def train(optimizer, module, steps, seed=0, found_inf=None):
@@ -62,7 +81,7 @@ def train(optimizer, module, steps, seed=0, found_inf=None):
 def make(ema_decay=0.9):
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
-    optimizer = AdamWEMA(param_groups(module.parameters(), 0.05), OptimConfig(ema_decay=ema_decay))
+    optimizer = AdamWEMA(param_groups(module.named_parameters(), 0.05, lambda name: 0), OptimConfig(ema_decay=ema_decay))
     for group in optimizer.param_groups:
         group["lr"] = 1e-2
     return module, optimizer
@@ -72,7 +91,8 @@ def test_weights_are_those_of_torch_adamw():
     module, optimizer = make()
     torch.manual_seed(0)
     plain = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
-    reference = torch.optim.AdamW(param_groups(plain.parameters(), 0.05), lr=1e-2, betas=(0.9, 0.95), foreach=False)
+    groups = param_groups(plain.named_parameters(), 0.05, lambda name: 0)
+    reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), foreach=False)
     ours_by_step, theirs_by_step = train(optimizer, module, 5, found_inf=torch.zeros(())), train(reference, plain, 5)
     for ours, theirs in zip(ours_by_step, theirs_by_step, strict=True):
         for a, b in zip(ours, theirs, strict=True):

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data_prep.cli import main
 from images import image_folder
@@ -129,6 +130,22 @@ def test_verify_compares_two(out: Path, original: Path, capsys: pytest.CaptureFi
     assert "30 same bytes, 0 same pixels, 0 different" in capsys.readouterr().out
     assert run("verify", out / "train", original / "train", "--level", "cross", "--workers", 1, "--quiet") == 0
     assert run("verify", out / "train", original / "val", "--workers", 1, "--quiet") == 1
+
+
+def test_images_with_masks_keep_their_size_unless_told(tmp_path: Path) -> None:
+    image_folder(tmp_path / "images", num_classes=1, per_class=2, size=(400, 300))
+    (tmp_path / "images" / "class_0").rename(tmp_path / "images" / "training")
+    (tmp_path / "annotations" / "training").mkdir(parents=True)
+    for name in ("0.png", "1.png"):
+        Image.new("L", (400, 300), 1).save(tmp_path / "annotations" / "training" / name)
+    for words, policy, height in (((), "keep", 300), (("--policy", "short256"), "short256-q90", 256)):
+        out = tmp_path / policy
+        assert run("prepare", tmp_path, out, "--split", "train", *words, "--workers", 1, "--quiet") == 0
+        container = PreparedContainer(out / "train")
+        assert container.manifest.policy == policy
+        mask = container.read(0).mask
+        assert mask is not None
+        assert len(mask) == height
 
 
 def test_stage_prints_the_folder_alone(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

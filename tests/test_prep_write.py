@@ -192,6 +192,17 @@ def test_a_plan_without_them_has_dense_ids(spoilt: Path, tmp_path: Path) -> None
     assert same.names_sha256 == manifest.names_sha256
 
 
+def test_a_file_that_is_not_there_is_named_like_a_bad_image(spoilt: Path, tmp_path: Path) -> None:
+    (spoilt / "class_0" / "0.jpg").unlink()
+    (spoilt / "class_0" / "0.jpg").symlink_to("fetched/later")
+    folder = tmp_path / "out" / "train"
+    make_plan(source(spoilt), folder, name="tiny", container="mds", policy="short32")  # reads some images for their sizes
+    with pytest.raises(BadSamplesError) as caught:
+        write(folder, spoilt)
+    assert "sample 0 (class_0/0.jpg): it cannot be read: No such file or directory" in str(caught.value)
+    assert "4 images cannot be used" in str(caught.value)
+
+
 def test_a_list_of_unknown_images_is_refused(images: Path) -> None:
     with pytest.raises(UsageError, match=r"no image 'class_9/1\.jpg'"):
         SkippingSource(source(images), {"class_0/1.jpg", "class_9/1.jpg"})

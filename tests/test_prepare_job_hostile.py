@@ -51,7 +51,7 @@ def test_what_the_user_writes_is_never_executed(
         plan = [f"--name={text}", f"--skip-bad-list={tmp_path}/{text}"]
         code = submit.main(["prepare", str(raw), str(out), *source, *plan, "--array", "3", "--print"])
         printed = capsys.readouterr()
-        if any(character in text for character in "\n\r\t\x1b"):
+        if any(character in text for character in "\n\r\t\x1b\u202e\u200b"):
             refused += 1
             assert (code, printed.out) == (2, "")
             assert "control character" in printed.err

@@ -159,3 +159,32 @@ def test_masks_without_a_label_give_no_loss_and_no_gradient() -> None:
 def test_a_mask_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match=r"need targets \[1, 2, 3\], got \[1, 3, 2\]"):
         segmentation_loss(torch.zeros(1, C, 2, 3), torch.zeros(1, 3, 2, dtype=torch.long))
+
+
+@pytest.mark.parametrize(("width", "channels", "classes", "side", "patch"), [(192, 192, 50, 12, 8), (96, 128, 150, 16, 14)])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_memory_formula_agrees_with_what_is_kept(
+    width: int, channels: int, classes: int, side: int, patch: int, bf16: bool
+) -> None:
+    head = UPerNetHead(width, classes, channels=channels, aux_channels=64).train()
+    maps = [torch.randn(1, width, side, side, requires_grad=True) for _ in range(4)]
+    weights = {parameter.untyped_storage().data_ptr() for parameter in head.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    size = (side * patch, side * patch)
+    target = torch.zeros(1, *size, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", enabled=bf16):
+        scores = head(maps, size)
+        assert scores.auxiliary is not None
+        losses = [segmentation_loss(part, target)[0] for part in (scores.logits, scores.auxiliary)]
+    formula = upernet_cost.activation_bytes(
+        width, classes, (side, side), patch, channels=channels, aux_channels=64, low_bytes=2 if bf16 else 4
+    )
+    assert len(losses) == 2
+    assert formula == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.12)

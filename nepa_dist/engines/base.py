@@ -1,13 +1,14 @@
 """The engine: how a task is placed on devices, stepped and saved. The loop knows only these eight members.
 
-An engine holds no schedule, no logging, no data and no files.
+An engine holds no schedule, no logging, no data and no files. What requires no gradient when it is built is
+frozen: it is placed and saved like the rest, but is in no group, norm or average.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +16,12 @@ from torch import Tensor
 from nepa_dist.config import Config
 from nepa_dist.plan import Plan
 
+if TYPE_CHECKING:
+    from nepa_dist.tasks.base import Task
+
 ParameterState = Mapping[str, Tensor]
-"""State of one parameter: ``weight``, ``exp_avg``, ``exp_avg_sq``, ``step``, and ``ema`` where one is kept. Full tensors."""
+"""State of one parameter: ``weight``, ``exp_avg``, ``exp_avg_sq``, ``step``, and ``ema`` where one is kept; ``weight`` alone of
+one that is frozen. Full tensors in fp32."""
 
 
 class StepResult(NamedTuple):
@@ -50,7 +55,7 @@ class Engine(Protocol):
 
     @property
     def param_groups(self) -> Sequence[dict[str, Any]]:
-        """Groups whose ``lr`` the loop sets."""
+        """Groups whose ``lr`` the loop sets, for their ``layer``; see :func:`nepa_dist.optim.param_groups`."""
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -108,22 +113,43 @@ def check_state(expected: Mapping[str, Sequence[int]], source: NamedStateSource)
         raise StateMismatchError("\n".join(["the checkpoint does not fit the model:", *(f"  - {p}" for p in problems)]))
 
 
-def copy_state(name: str, into: Mapping[str, Tensor], state: ParameterState) -> None:
-    """Copy one parameter's state in place.
+def check_fields(name: str, expected: Mapping[str, Sequence[int]], state: ParameterState) -> None:
+    """Compare one parameter's state with what the model has.
+
+    Args:
+        name: of the parameter.
+        expected: field to shape of the full tensor.
+        state: from the checkpoint.
 
     Raises:
         StateMismatchError: a field is missing, left over or of another shape.
     """
-    if set(into) != set(state):
-        advice = (
-            "start from its weights instead (--load weights)" if "exp_avg" not in state else "set optim.ema_decay as it was"
-        )
-        raise StateMismatchError(f"{name}: the checkpoint holds {sorted(state)}, this run needs {sorted(into)}; {advice}")
-    for field, tensor in into.items():
-        if tensor.shape != state[field].shape:
+    if set(expected) != set(state):
+        needs = f"{name}: the checkpoint holds {sorted(state)}, this run needs {sorted(expected)}"
+        raise StateMismatchError(f"{needs}; {_advice(set(expected), set(state))}")
+    for field, shape in expected.items():
+        if list(shape) != list(state[field].shape):
             raise StateMismatchError(
-                f"{name}: {field} is {list(state[field].shape)} in the checkpoint and {list(tensor.shape)} in the model"
+                f"{name}: {field} is {list(state[field].shape)} in the checkpoint and {list(shape)} in the model"
             )
+
+
+def _advice(needed: set[str], stored: set[str]) -> str:
+    weights = "start from the weights instead (--load weights)"
+    if needed == {"weight"}:
+        return f"it is frozen here and was not there: freeze what was frozen, or {weights}"
+    if stored == {"weight"}:
+        return f"it was frozen there and is not here: freeze what was frozen, or {weights}"
+    return weights if "exp_avg" not in stored else "set optim.ema_decay as it was"
+
+
+def copy_state(name: str, into: Mapping[str, Tensor], state: ParameterState) -> None:
+    """Copy one parameter's state in place.
+
+    Raises:
+        StateMismatchError: see :func:`check_fields`.
+    """
+    check_fields(name, {field: tensor.shape for field, tensor in into.items()}, state)
     with torch.no_grad():
         for field, tensor in into.items():
             tensor.copy_(state[field])
@@ -135,7 +161,7 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients).float()
 
 
-def build_engine(task: torch.nn.Module, config: Config, plan: Plan, device: torch.device) -> Engine:
+def build_engine(task: Task, config: Config, plan: Plan, device: torch.device) -> Engine:
     """Place a task on ``device`` with the engine that the configuration names."""
     if config.engine.name == "ddp":
         from nepa_dist.engines.ddp import DDPEngine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from nepa_dist.engines.base import NamedStateSource, ParameterState, StepResult,
 from nepa_dist.engines.native import NativeEngine, in_bf16, swap
 from nepa_dist.optim import AdamWEMA, param_groups
 from nepa_dist.plan import Plan
+
+if TYPE_CHECKING:
+    from nepa_dist.tasks.base import Task
 
 
 def _reduce_in_bf16(bucket: Any) -> torch.futures.Future[Tensor]:
@@ -39,9 +42,10 @@ class _Bf16Copy(nn.Module):
 class DDPEngine(NativeEngine):
     """See :class:`NativeEngine`."""
 
-    def __init__(self, task: nn.Module, config: Config, plan: Plan, device: torch.device) -> None:
+    def __init__(self, task: Task, config: Config, plan: Plan, device: torch.device) -> None:
         super().__init__(task, config, plan, device)
-        self._optimizer = AdamWEMA(param_groups(task.parameters(), config.optim.weight_decay), config.optim)
+        groups = param_groups(task.named_parameters(), config.optim.weight_decay, task.lr_layer)
+        self._optimizer = AdamWEMA(groups, config.optim)
         self._root = _Bf16Copy(self._task) if self._bf16 else self._task
         if dist.is_initialized() and dist.get_world_size() > 1:
             devices = [device] if device.type == "cuda" else None
@@ -61,7 +65,7 @@ class DDPEngine(NativeEngine):
         return self._update(parameters, gradient_norm(parameters))
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
-        return {"weight": parameter.detach(), **self._optimizer.state[parameter]}
+        return {"weight": parameter.detach(), **self._optimizer.state.get(parameter, {})}
 
     def named_state(self) -> Iterator[tuple[str, ParameterState]]:
         """Full state of every parameter."""
@@ -78,5 +82,5 @@ class DDPEngine(NativeEngine):
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for parameter in self._task.parameters():
-            swap(parameter, self._optimizer.state[parameter]["ema"])
+        for parameter, state in self._optimizer.state.items():
+            swap(parameter, state["ema"])

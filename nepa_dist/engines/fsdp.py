@@ -8,7 +8,7 @@ other engine, and nothing of the optimizer is ever gathered but to be saved.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,21 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nepa_dist.config import Config
-from nepa_dist.engines.base import NamedStateSource, ParameterState, StepResult, check_state, copy_state, gradient_norm
+from nepa_dist.engines.base import (
+    NamedStateSource,
+    ParameterState,
+    StepResult,
+    check_fields,
+    check_state,
+    copy_state,
+    gradient_norm,
+)
 from nepa_dist.engines.native import NativeEngine, swap
 from nepa_dist.optim import AdamWEMA, param_groups
 from nepa_dist.plan import Plan
+
+if TYPE_CHECKING:
+    from nepa_dist.tasks.base import Task
 
 
 class FSDPEngine(NativeEngine):
@@ -34,15 +45,18 @@ class FSDPEngine(NativeEngine):
         device: of this rank.
     """
 
-    def __init__(self, task: nn.Module, config: Config, plan: Plan, device: torch.device) -> None:
+    def __init__(self, task: Task, config: Config, plan: Plan, device: torch.device) -> None:
         super().__init__(task, config, plan, device)
         mesh = _mesh(config, device)
         self._shard_group = mesh["shard"].get_group()
         _shard(self._task, mesh, config)
         self._root = self._task
         self._parameters = {name: cast(DTensor, p) for name, p in task.named_parameters()}
-        self._shards = {name: nn.Parameter(p.to_local().detach()) for name, p in self._parameters.items()}
-        self._optimizer = AdamWEMA(param_groups(self._shards.values(), config.optim.weight_decay), config.optim)
+        self._shards = {
+            name: nn.Parameter(p.to_local().detach(), requires_grad=p.requires_grad) for name, p in self._parameters.items()
+        }
+        groups = param_groups(self._shards.items(), config.optim.weight_decay, task.lr_layer)
+        self._optimizer = AdamWEMA(groups, config.optim)
 
     def _refresh(self) -> None:
         """Point the optimizer's tensors at the storage of the shards: FSDP moves uneven ones at its first forward."""
@@ -69,7 +83,7 @@ class FSDPEngine(NativeEngine):
     def _state(self, name: str) -> dict[str, Tensor]:
         """Local shards of one parameter's state; ``step`` is whole."""
         shard = self._shards[name]
-        return {"weight": shard.detach(), **self._optimizer.state[shard]}
+        return {"weight": shard.detach(), **self._optimizer.state.get(shard, {})}
 
     def named_state(self) -> Iterator[tuple[str, ParameterState]]:
         """Full state of every parameter, gathered one at a time."""
@@ -91,21 +105,22 @@ class FSDPEngine(NativeEngine):
         check_state({name: list(p.shape) for name, p in self._parameters.items()}, source)
         self._refresh()
         for name, parameter in self._parameters.items():
-            copy_state(name, self._state(name), {f: self._cut(parameter, v) for f, v in source.read(name).items()})
+            shards, whole = self._state(name), source.read(name)
+            shapes = {field: value.shape if value.dim() == 0 else parameter.shape for field, value in shards.items()}
+            check_fields(name, shapes, whole)
+            copy_state(name, shards, {field: self._cut(parameter, value) for field, value in whole.items()})
 
     def _cut(self, parameter: DTensor, value: Tensor) -> Tensor:
         if value.dim() == 0:
             return value
-        if value.shape != parameter.shape:
-            return value  # copy_state names the difference
         whole = value.to(self._device)
         return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
 
     @torch.no_grad()
     def _swap(self) -> None:
         self._refresh()
-        for shard in self._shards.values():
-            swap(shard, self._optimizer.state[shard]["ema"])
+        for shard, state in self._optimizer.state.items():
+            swap(shard, state["ema"])
         # What a forward has gathered is stale now.
         for module in self._task.modules():
             if isinstance(module, FSDPModule):

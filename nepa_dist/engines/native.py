@@ -6,7 +6,7 @@ import gc
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from nepa_dist.engines.base import StepResult
 from nepa_dist.engines.prepare import prepare
 from nepa_dist.optim import AdamWEMA
 from nepa_dist.plan import Plan
+
+if TYPE_CHECKING:
+    from nepa_dist.tasks.base import Task
 
 
 class NativeEngine(ABC):
@@ -32,7 +35,7 @@ class NativeEngine(ABC):
     """The module that is called: the task, or what wraps it."""
     _optimizer: AdamWEMA
 
-    def __init__(self, task: nn.Module, config: Config, plan: Plan, device: torch.device) -> None:
+    def __init__(self, task: Task, config: Config, plan: Plan, device: torch.device) -> None:
         self._task = task.to(device)
         prepare(self._task, config.engine)
         self._device = device

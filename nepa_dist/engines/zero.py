@@ -6,7 +6,8 @@ used. This is the only module that imports it, and only when an engine is built.
 In every stage the optimizer of a rank steps a few flat fp32 tensors that hold its share of all parameters. A :class:`Piece`
 says which part of a parameter lies where in them. State is read and written through pieces alone, because DeepSpeed 0.19's own
 access fails: with two parameter groups on zero1 and zero2 (reading the moments), with sizes that the ranks do not divide on
-zero3 (writing), and it does not renew the weights of the forward after a write.
+zero3 (writing), and it does not renew the weights of the forward after a write. Frozen parameters are in no flat tensor; they
+are kept whole and exact beside.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,9 @@ from nepa_dist.engines.prepare import prepare
 from nepa_dist.optim import AdamWEMA, param_groups
 from nepa_dist.plan import Plan
 
+if TYPE_CHECKING:
+    from nepa_dist.tasks.base import Task
+
 BUCKET_NUMEL = 50_000_000
 """Gradients that are reduced together, in elements; a larger parameter makes the buckets larger."""
 WHOLE_NUMEL = 10_000
@@ -50,7 +54,7 @@ class Piece(NamedTuple):
     """The part of one parameter that this rank keeps; it may be empty."""
 
     flat: Tensor
-    """The optimizer's fp32 tensor."""
+    """The optimizer's fp32 tensor; of a frozen parameter, what the forward computes with."""
     offset: int
     """Of the part in ``flat``."""
     start: int
@@ -79,7 +83,7 @@ class ZeroEngine:
         ConfigError: DeepSpeed is missing or of another version.
     """
 
-    def __init__(self, task: nn.Module, config: Config, plan: Plan, device: torch.device) -> None:
+    def __init__(self, task: Task, config: Config, plan: Plan, device: torch.device) -> None:
         check_version()
         prepare(task, config.engine)
         self._task = task
@@ -91,7 +95,11 @@ class ZeroEngine:
         # What the task's parts hold by themselves; DeepSpeed adds to it.
         self._attributes = [(vars(part), set(vars(part))) for part in (*task.modules(), *task.parameters())]
         initial = {name: p.detach() for name, p in task.named_parameters()}
-        groups = [group for group in param_groups(task.parameters(), config.optim.weight_decay) if group["params"]]
+        # DeepSpeed rounds frozen weights to bf16 or takes them apart.
+        self._frozen = {
+            name: p.to(device, copy=True) for name, p in initial.items() if not task.get_parameter(name).requires_grad
+        }
+        groups = param_groups(task.named_parameters(), config.optim.weight_decay, task.lr_layer)
         # The parameters come after construction: no state is made for them, only for this rank's share.
         self._optimizer = AdamWEMA([{**group, "params": []} for group in groups], config.optim)
         for own, group in zip(self._optimizer.param_groups, groups, strict=True):
@@ -112,14 +120,20 @@ class ZeroEngine:
         if self._sharded_weights:
             flats = list(inner.fp32_partitioned_groups_flat)
             for name, parameter in self._task.named_parameters():
-                index, offset, share = inner.grad_position[inner.get_param_id(parameter)]
-                numel = self._shapes[name].numel()
+                flat, offset = parameter.ds_tensor, 0  # type: ignore[attr-defined]
+                numel, share = self._shapes[name].numel(), flat.numel()
+                if name not in self._frozen:
+                    index, offset, _ = inner.grad_position[inner.get_param_id(parameter)]
+                    flat = flats[index]
                 start = min(dist.get_rank() * share, numel)  # the shares are equal, so the last ones may be padded
-                pieces[name] = Piece(flats[index], offset, start, min(share, numel - start))
+                pieces[name] = Piece(flat, offset, start, min(share, numel - start))
             return flats, pieces
         flats = [group["params"][0] for group in self._optimizer.param_groups]
         flat_of = {id(p): flat for group, flat in zip(groups, flats, strict=True) for p in group["params"]}
         for name, parameter in self._task.named_parameters():
+            if name in self._frozen:
+                pieces[name] = Piece(parameter.data.view(-1), 0, 0, parameter.numel())
+                continue
             link = parameter._hp_mapping  # type: ignore[attr-defined]
             flat = flat_of[id(parameter)]
             if link is None:
@@ -161,6 +175,9 @@ class ZeroEngine:
     def named_state(self) -> Iterator[tuple[str, ParameterState]]:
         """Full state of every parameter, gathered one at a time."""
         for name, piece in self._pieces.items():
+            if name in self._frozen:
+                yield name, {"weight": self._frozen[name]}
+                continue
             fields = self._fields(piece.flat)
             step = fields.pop("step")
             whole = torch.zeros(len(fields), self._shapes[name].numel(), device=self._device)
@@ -178,6 +195,11 @@ class ZeroEngine:
         check_state(self._shapes, source)
         loaded: dict[Tensor, tuple[str, Tensor]] = {}
         for name, piece in self._pieces.items():
+            if name in self._frozen:
+                exact = self._frozen[name]
+                copy_state(name, {"weight": exact}, source.read(name))
+                piece.of_flat(piece.flat).copy_(piece.of_parameter(exact))
+                continue
             fields = self._fields(piece.flat)
             shapes = {field: () if value.dim() == 0 else self._shapes[name] for field, value in fields.items()}
             whole = {field: torch.zeros(shape, device=self._device) for field, shape in shapes.items()}
@@ -238,7 +260,7 @@ class ZeroEngine:
                 del attributes[name]  # they lead to all of DeepSpeed's memory for as long as the task lives
         parameter_offload.FWD_MODULE_STACK.clear()  # zero3 puts the module there and never takes it away
         groups._WORLD_GROUP = None  # belongs to this process group, which may end before the next engine
-        del self._engine, self._optimizer, self._flats, self._pieces, self._task, self._attributes
+        del self._engine, self._optimizer, self._flats, self._pieces, self._frozen, self._task, self._attributes
         gc.collect()
 
 

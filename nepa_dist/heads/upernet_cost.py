@@ -60,6 +60,38 @@ def forward_flops(
     return neck + pool + pool_fuse + top_down + fuse + auxiliary
 
 
+def activation_bytes(
+    embed_dim: int,
+    num_classes: int,
+    grid: tuple[int, int],
+    patch_size: int,
+    *,
+    channels: int = 512,
+    aux_channels: int = 256,
+    low_bytes: int = 2,
+) -> int:
+    """Estimated bytes that the head and its two losses keep of one training image for the backward pass.
+
+    Convolutions keep their inputs in the precision of matrix products; norms, activations and the log-probabilities of every
+    pixel are fp32.
+
+    Args:
+        grid: (h, w), in patches.
+        patch_size: in pixels.
+        low_bytes: of one number in a matrix product: 2 for bf16, 4 for fp32.
+    """
+    D, C, A = embed_dim, channels, aux_channels
+    finer = 16 + 4 + 1  # pixels per patch of the three finer maps
+    products = 6 * D + (D + 4 * C) / 4 + finer * (D + C) + 16 * 5 * C + D + A
+    norms = 4 * D + C / 4 + 2 * finer * C + 16 * C + A
+    activations = 4 * D + 1.25 * D + norms - 4 * D
+    logits = 2 * num_classes * patch_size**2
+    pixels = grid[0] * grid[1]
+    if low_bytes == 4:  # one tensor is then the output of an activation and the input of the next convolution
+        activations -= finer * C + 4 * D + A + C
+    return int(pixels * (low_bytes * products + 4 * (norms + activations + logits)))
+
+
 def _convolution(inputs: int, outputs: int, kernel: int) -> int:
     """Weights without bias, and scale and shift of the norm."""
     return inputs * outputs * kernel * kernel + 2 * outputs
