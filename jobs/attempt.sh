@@ -8,7 +8,7 @@
 
 newest_checkpoint() {
   local name newest=""
-  for name in "$run"/checkpoints/step-*; do
+  for name in "$run/checkpoints/step-"*; do
     [ -d "$name" ] && newest=${name##*/step-}
   done
   echo "$newest"

@@ -1,15 +1,21 @@
-"""Starts a run that has passed its checks."""
+"""Starts a run that has passed its checks: here, or as a job of SLURM."""
 
 from __future__ import annotations
 
 import fcntl
+import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 from jobs import cluster
-from jobs.runs import clear_outcome
+from jobs.options import with_value
+from jobs.runs import JOB, clear_outcome
+from jobs.slurm import SubmitError, batch_script, job_of, rank_environment_text, submit
+from jobs.snapshot import CODE, Snapshot, write_snapshot
 from nepa_dist.config import Config
 from nepa_dist.guard import EXIT_AGAIN
 from nepa_dist.run_folder import write_text
@@ -35,9 +41,7 @@ def launch_local(config: Config, changes: Sequence[str] = ()) -> int:
     run_dir = config.run_dir
     path = run_dir / "config.yaml"
     try:
-        if not run_dir.exists():
-            run_dir.parent.mkdir(parents=True, exist_ok=True)
-            run_dir.mkdir(mode=0o700)
+        make_private(run_dir)
         with locked(run_dir):
             print("\n".join([f"{'resuming' if path.exists() else 'starting'} {run_dir}", *changes]), flush=True)
             write_text(path, config.to_yaml())
@@ -50,6 +54,60 @@ def launch_local(config: Config, changes: Sequence[str] = ()) -> int:
     if code == EXIT_AGAIN:
         print(f"stopped before the end; the same command continues {run_dir} from its newest checkpoint", file=sys.stderr)
     return code
+
+
+def launch_slurm(config: Config, snapshot: Snapshot, *, folder: Path | None = None, after: str = "") -> str:
+    """Write code and configuration into the run folder and submit the run as a job; returns the job's number.
+
+    Args:
+        config: a configuration without problems.
+        snapshot: the code.
+        folder: of a pipeline, which holds the code and the run; default: that of the run.
+        after: condition that the job waits for, such as afterok:17.
+
+    Raises:
+        LaunchError: the folder cannot be written, SLURM refuses the job, or a run is going on in the folder.
+    """
+    run_dir, folder = config.run_dir, folder or config.run_dir
+    try:
+        make_private(run_dir)
+        with locked(run_dir):
+            code = write_snapshot(snapshot, folder)
+            config = with_value(config, "cluster.snapshot", snapshot.digest)
+            write_text(run_dir / "config.yaml", config.to_yaml())
+            number = submit(job_of(config, code, folder, after))
+            note_job(run_dir, number, code)
+    except BlockingIOError:
+        raise LaunchError(f"another launcher is at work in {run_dir}; try again, or choose another --name") from None
+    except SubmitError as error:
+        raise LaunchError(str(error)) from None
+    except OSError as error:
+        raise LaunchError(f"cannot start in {run_dir}: {error}") from None
+    return number
+
+
+def describe_job(config: Config, snapshot: Snapshot) -> list[str]:
+    """The batch script of a run and what its ranks find, as text."""
+    if config.cluster.launcher == "local":
+        environment = cluster.rank_environment(0, config.cluster.world_size, 20000, {})
+        command = shlex.join([sys.executable, "-P", "-m", "jobs.runner", str(config.run_dir)])
+        lines = [f"{name}={value}" for name, value in sorted(environment.items()) if name != cluster.LAUNCHER_PID]
+        return [f"{config.cluster.world_size} processes of this machine:", command, "", "the first has:", *lines]
+    job = job_of(config, config.run_dir / CODE / snapshot.digest[:12])
+    return [batch_script(job) + "\n\n" + rank_environment_text(job)]
+
+
+def note_job(run_dir: Path, number: str, code: Path) -> None:
+    """Write down which job a run has."""
+    facts = {"id": number, "code": str(code), "submitted": datetime.now(UTC).isoformat(timespec="seconds")}
+    write_text(run_dir / JOB / "job.json", json.dumps(facts, indent=1) + "\n")
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that only its owner can look into, with those above it."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ import yaml
 
 from jobs.checks import Checked, check_stage
 from jobs.launch import LaunchError, launch_local
-from jobs.options import CONFIGS, TASKS, absolute, add_stage_options, collect_layers, recipe_names, stage_parser
+from jobs.options import CONFIGS, TASKS, absolute, add_stage_options, add_ways, collect_layers, recipe_names, stage_parser
 from jobs.pipeline_report import write_report
 from jobs.runs import is_finished
 from nepa_dist.config import Config, nearest
@@ -81,7 +81,7 @@ def pipeline_parser() -> argparse.ArgumentParser:
     parser.add_argument("pipeline", help=f"a file of configs/pipeline, or a recipe that each task has: {known}")
     parser.add_argument("--stages", metavar="A,B", help="only these, in this order")
     parser.add_argument("--name", help="folder of the pipeline in runs/; default: pipeline-<pipeline>[-<data>]")
-    parser.add_argument("--dry-run", action="store_true", help="check, print steps and places of all stages; start nothing")
+    add_ways(parser)
     for action in _stage_options():
         metavar = f"[STAGE:]{action.metavar or action.dest.upper()}"
         parser.add_argument(*action.option_strings, dest=action.dest, action="append", default=[], metavar=metavar)
@@ -136,7 +136,9 @@ def build_stages(parts: Sequence[Part], args: argparse.Namespace, root: Path) ->
         if part.start is not None:
             words += ["--init", str(root / part.start)]
         stage_args = stage_parser(part.task).parse_args([part.recipe, *words])
-        stage_args.dry_run = args.dry_run
+        for way in ("dry_run", "print", "check", "skip_check", "include"):
+            setattr(stage_args, way, getattr(args, way))
+        stage_args.job_folder = str(root)
         layers, problems = collect_layers(stage_args)
         checked = check_stage(stage_args, layers, [root / stage.part.name for stage in stages])
         for problem in [*problems, *checked.problems]:

@@ -69,7 +69,7 @@ def clear_outcome(run_dir: Path) -> None:
 
 def read_progress(run_dir: Path) -> Progress:
     """Where the run stands; reads no more than the end of the file."""
-    for row in _rows_backwards(run_dir / "metrics.jsonl"):
+    for row in tail_rows(run_dir / "metrics.jsonl"):
         step, eta, seconds = (row.get(name) for name in ("step", "eta_seconds", "step_seconds"))
         if not isinstance(step, int) or not isinstance(eta, int | float) or not isinstance(seconds, int | float):
             continue  # the line of a validation
@@ -128,7 +128,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _rows_backwards(path: Path) -> Iterator[dict[str, Any]]:
+def tail_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Objects of the last lines of a JSONL file, newest first; what is no object is passed over."""
     try:
         with path.open("rb") as file:

@@ -15,11 +15,14 @@ if not __package__:  # started as a file: the folder above holds both packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from jobs import pipeline
-from jobs.checks import check_stage
+from jobs.checks import Checked, check_stage
 from jobs.cluster import USER_ERROR
-from jobs.launch import LaunchError, launch_local
+from jobs.findings import Finding, table
+from jobs.launch import LaunchError, describe_job, launch_local, launch_slurm
 from jobs.options import TASKS, collect_layers, stage_parser
-from nepa_dist.config import nearest
+from jobs.runs import is_finished, newest_checkpoint
+from jobs.snapshot import read_code
+from nepa_dist.config import Config, nearest
 from nepa_dist.report import build_report
 
 HELP = """\
@@ -78,19 +81,52 @@ def run_stage(task: str, argv: Sequence[str]) -> int:
     args = stage_parser(task).parse_args(argv)
     layers, problems = collect_layers(args)
     checked = check_stage(args, layers)
+    if args.check:
+        return show_checks(problems, checked.findings)
     problems += checked.problems
     config = checked.config
     if config is None or problems:
         return refuse(problems)
     if args.dry_run:
         state = "exists, would be resumed" if (config.run_dir / "config.yaml").exists() else "new"
-        report = build_report(config, checked.num_samples, checked.note)
+        notes = [checked.note, *(finding.text for finding in checked.findings if finding.kind == "note")]
+        report = build_report(config, checked.num_samples, "\n".join(notes))
         _print_report([f"Run folder: {config.run_dir} ({state})", *checked.changes, "", report])
         return 0
+    if args.print:
+        _print_report(describe_job(config, read_code(args.include)))
+        return 0
     try:
-        return launch_local(config, checked.changes)
+        return start(config, checked, args.include)
     except LaunchError as error:
         return refuse([str(error)])
+
+
+def start(config: Config, checked: Checked, include: Sequence[str]) -> int:
+    """Start a run that has passed its checks, here or as a job; returns the exit code.
+
+    Raises:
+        LaunchError: it could not be started.
+    """
+    if config.cluster.launcher == "local":
+        return launch_local(config, checked.changes)
+    run_dir = config.run_dir
+    if is_finished(run_dir, checked.steps):
+        print(f"this run is finished: {run_dir} holds all {newest_checkpoint(run_dir)} steps; nothing was submitted")
+        return 0
+    number = launch_slurm(config, read_code(include))
+    print("\n".join([f"submitted job {number}: {run_dir}", *checked.changes]))
+    print(f"  python jobs/submit.py status {run_dir}\n  python jobs/submit.py logs -f {run_dir}")
+    return 0
+
+
+def show_checks(problems: Sequence[str], findings: Sequence[Finding]) -> int:
+    """Print what every check says; returns 2 if one found a problem."""
+    named = [*(Finding("problem", text, "options") for text in problems), *findings]
+    wrong = sum(finding.kind == "problem" for finding in named)
+    summary = f"{wrong} problems" if wrong else "no problems"
+    _print_report([*table(named), f"{len(named)} checks, {summary}, nothing was started"])
+    return USER_ERROR if wrong else 0
 
 
 def refuse(problems: Sequence[str]) -> int:
