@@ -192,7 +192,7 @@ def test_a_stage_may_have_a_name_of_its_own(trainer: Trainer, configs: Path, cap
     [
         ("stages: 3", "expected stages"),
         ("- 1", "expected stages"),
-        ("stages: {pretrain: {recpie: x}}", "unknown key 'recpie'"),
+        ("stages: {pretrain: {receipt: x}}", "unknown key 'receipt'"),
         ("stages: {finetune: {from: pretrain}, pretrain: {}}", "from 'pretrain' is no earlier stage"),
         ("stages: {train: {}}", "unknown task 'train'"),
         ("stages: [", "expected stages"),
