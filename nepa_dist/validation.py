@@ -121,7 +121,7 @@ class Validator:
         values = scores.values | {"eval_seconds": seconds}
         if state.best_score is not None:
             values["best_score"] = state.best_score
-        reporter.validated(state.step, values, seconds)
+        reporter.scored(state.step, values, seconds)
         return True
 
     def close(self) -> None:
