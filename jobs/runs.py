@@ -18,6 +18,8 @@ from nepa_dist.run_folder import write_text
 JOB = "job"
 """In the folder of a run: what concerns its job."""
 OUTCOME = f"{JOB}/outcome.json"
+BATCH = "NEPA_BATCH"
+"""Variable that tells a rank that the batch script reads outcome.json, so that stopping in order may be exit code 0."""
 KINDS = {EXIT_DONE: "finished", EXIT_AGAIN: "stopped", EXIT_FAILED: "gave up"}
 """Exit code of a training that ended in order -> what is noted."""
 SCORES = ("top1", "top5", "miou", "macc", "aacc")
