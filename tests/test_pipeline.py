@@ -64,7 +64,7 @@ def test_stages_run_in_order_and_start_with_what_pretraining_left(trainer: Train
     assert pipeline() == 0
     root = tmp_path / "runs" / "p"
     assert [(run.task, run.run_dir) for run in trainer.runs] == [(task, root / task) for task in options.TASKS]
-    assert [run.init.path for run in trainer.runs] == [None, str(root / "pretrain"), str(root / "pretrain")]
+    assert [run.init.path for run in trainer.runs] == [None, str(root / "pretrain"), str(root / "finetune")]
     assert [run.init.load for run in trainer.runs] == ["weights", "ema", "ema"], "the recipes' choice"
 
 
