@@ -14,6 +14,7 @@ import torch
 
 from nepa_dist.checkpoint.store import CheckpointStore
 from nepa_dist.config import Config, ConfigError
+from nepa_dist.curves import plot_curves
 from nepa_dist.data.classes import resolve_classes
 from nepa_dist.data.containers import open_split
 from nepa_dist.data.loader import Batch, TrainLoader
@@ -45,7 +46,6 @@ from nepa_dist.state import TrainState
 from nepa_dist.tasks.base import build_task
 from nepa_dist.transfer import transfer
 from nepa_dist.validation import Validator
-from nepa_dist.visualize import plot_curves
 from nepa_dist.watchdog import Watchdog
 
 KNN_END_SECONDS = 60.0

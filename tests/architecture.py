@@ -28,7 +28,7 @@ _LOOP = (
         "tasks",
         "transfer",
         "validation",
-        "visualize",
+        "curves",
         "watchdog",
     }
 )
@@ -53,6 +53,7 @@ ARROWS: dict[str, set[str]] = {
         "report",
         "run_folder",
         "train",
+        "curves",
         "visualize",
     },
     "data_prep": {"config", "data"},
@@ -82,7 +83,9 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": {"engines.base"},
     "engines": {"config", "optim", "plan"},
     "optim": {"config", "plan"},
-    "visualize": {"config", "data", "maps", "metrics.sinks", "pictures", "tasks", "trained"},
+    "curves": {"metrics.sinks", "pictures"},
+    "gallery": {"config", "data"},
+    "visualize": {"config", "data", "gallery", "maps", "pictures", "tasks", "trained"},
     "maps": {"model", "tasks"},
     "pictures": set(),
     "trained": {"checkpoint", "config", "data.device", "model", "names", "official", "provenance", "tasks"},
