@@ -64,7 +64,7 @@ ARROWS: dict[str, set[str]] = {
     "online_probe": {"config", "data", "model", "tasks"},
     "intake": {"data", "run"},
     "run": _SETTINGS | {"checkpoint", "data", "engines", "state", "tasks"},
-    "resume": _SETTINGS | {"checkpoint", "data", "run", "run_folder", "state"},
+    "resume": _SETTINGS | {"checkpoint", "data", "engines.base", "run", "run_folder", "state"},
     "saving": _SETTINGS | {"checkpoint", "data", "reporting", "run", "run_folder", "state"},
     "transfer": {"checkpoint.portable", "config", "names", "official", "tasks", "trained"},
     "validation": _SETTINGS | {"data", "engines", "guard", "provenance", "reporting", "run", "run_folder", "tasks", "watchdog"},
