@@ -109,7 +109,7 @@ def submit(job: Job) -> str:
         OSError: a file cannot be written.
     """
     place = job.folder / job.record if job.is_array else job.runs[0] / job.record
-    for folder in (place, job.log.parent):
+    for folder in (place, job.log.parent, *(run / job.record for run in job.runs)):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     script = place / "script.sh"
     write_text(script, batch_script(job))

@@ -101,20 +101,20 @@ def test_a_site_is_settings_and_no_code(elsewhere: Path, capsys: pytest.CaptureF
     [
         (
             "pyxis",
-            "srun --kill-on-bad-exit=1 --open-mode=append --container-image=/images/nepa.sqsh "
-            '--container-mounts=/scratch/r:/scratch/r,/data:/data,/a:/b --output="$run/logs/rank-%t.txt" \\\n'
+            "srun --kill-on-bad-exit=1 --open-mode=append --container-image=/data/nepa.sqsh "
+            '--container-mounts=/scratch/r:/scratch/r,/data/i:/data/i,/data/a:/b --output="$run/logs/rank-%t.txt" \\\n'
             '  python -P -m jobs.runner "$run"\n',
         ),
         (
             "apptainer",
             'srun --kill-on-bad-exit=1 --open-mode=append --output="$run/logs/rank-%t.txt" \\\n'
-            "  apptainer exec --nv --bind /scratch/r:/scratch/r --bind /data:/data --bind /a:/b /images/nepa.sqsh "
+            "  apptainer exec --nv --bind /scratch/r:/scratch/r --bind /data/i:/data/i --bind /data/a:/b /data/nepa.sqsh "
             'python -P -m jobs.runner "$run"\n',
         ),
     ],
 )
 def test_containers(elsewhere: Path, capsys: pytest.CaptureFixture[str], runtime: str, step: str) -> None:
-    image = ("--set", "cluster.container=/images/nepa.sqsh", "--set", "cluster.container_mounts=[/data, '/a:/b']")
+    image = ("--set", "cluster.container=/data/nepa.sqsh", "--set", "cluster.container_mounts=[/data/i, '/data/a:/b']")
     where = ("--run-dir", "/scratch/r", "--set", f"cluster.container_runtime={runtime}")
     assert step in printed("pretrain", "vit_b", "--nodes", "2", *where, *image, capsys=capsys)
 
@@ -198,7 +198,7 @@ def test_what_a_user_writes_is_never_executed_and_makes_no_directive(
 ) -> None:
     """2,000 texts through all options that take any: each is refused, or bash and sbatch read it as one word."""
     monkeypatch.setenv("PATH", os.defpath)
-    usual = set(directives(printed("pretrain", "vit_b", "--nodes", "2", "--run-dir", "/r/x", capsys=capsys)))
+    usual = set(directives(printed("pretrain", "vit_b", "--nodes", "2", "--run-dir", "/scratch/x", capsys=capsys)))
     names = {line.split("=")[0] for line in usual} | {f"#SBATCH --{name}" for name in slurm_names()}
     work = tmp_path / "work"
     work.mkdir()
