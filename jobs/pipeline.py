@@ -1,4 +1,4 @@
-"""Several stages in a row: ``pipeline vit_b`` pretrains, then fine-tunes and segments from what pretraining left.
+"""Several stages in a row: ``pipeline vit_b`` pretrains, fine-tunes from that, and segments from that.
 
 All stages are checked before the first one starts. Their runs lie in one folder, ``runs/NAME/<stage>``, beside ``report.md``.
 What is finished is not done again: the same command goes on with the first stage that is not.
@@ -148,7 +148,9 @@ def read_parts(args: argparse.Namespace) -> tuple[list[Part], list[str]]:
     if name in recipe_names(FOLDER):
         parts, problems = _read_file(CONFIGS / FOLDER / f"{name}.yaml", name)
     else:
-        parts = [Part(task, task, name, None if task == _FIRST else _FIRST, []) for task in TASKS if name in recipe_names(task)]
+        tasks = [task for task in TASKS if name in recipe_names(task)]
+        before = [None, *tasks]
+        parts = [Part(task, task, name, start, []) for task, start in zip(tasks, before, strict=False)]
         if not parts:
             known = [*recipe_names(FOLDER), *_common_recipes()]
             problems.append(f"unknown pipeline {name!r}{nearest(name, known)} (known: {', '.join(known)})")

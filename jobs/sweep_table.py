@@ -91,8 +91,8 @@ def _number(value: float | None, digits: int, *, sign: bool = False) -> str:
 
 
 def _draw(root: Path, rows: Sequence[Row], score: str, unit: str) -> list[Path]:
+    from nepa_dist.curves import plot_lines
     from nepa_dist.pictures import save_figure
-    from nepa_dist.visualize import plot_lines
 
     paths = []
     curves = {}
