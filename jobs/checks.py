@@ -75,9 +75,7 @@ def check_stage(args: argparse.Namespace, layers: Layers, parents: Sequence[Path
     describing = args.dry_run or args.print
     elsewhere = describing and (config.cluster.launcher if config else default_cluster(args)) != "local"
     unknown = [name for name in args.skip_check if name not in KNOWN]
-    findings += [
-        Finding("problem", f"--skip-check {name}: no such check{nearest(name, CHECKS)}", "settings") for name in unknown
-    ]
+    findings += [Finding("problem", f"--skip-check {name}: no such check{nearest(name, KNOWN)}", "options") for name in unknown]
     num_samples, where, found = check_data(config, source, optional=describing)
     if found and not elsewhere and config and config.cluster.launcher == "slurm":
         found[0] += " (if the nodes see it and this machine does not: --skip-check data)"

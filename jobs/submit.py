@@ -140,7 +140,7 @@ def show_checks(problems: Sequence[str], findings: Sequence[Finding]) -> int:
     """Print what every check says; returns 2 if one found a problem."""
     named = [*(Finding("problem", text, "options") for text in problems), *findings]
     wrong = sum(finding.kind == "problem" for finding in named)
-    summary = f"{wrong} problems" if wrong else "no problems"
+    summary = "1 problem" if wrong == 1 else f"{wrong or 'no'} problems"
     _print_report([*table(named), f"{len(named)} checks, {summary}, nothing was started"])
     return USER_ERROR if wrong else 0
 

@@ -19,6 +19,7 @@ On SLURM the variants are one array, here they run one after the other. What is 
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -123,8 +124,8 @@ def _spec_problems(spec: Any) -> Iterator[str]:
     if not isinstance(spec.get("probe", ""), str):
         yield 'probe must be a text, such as "" or "--num-train 2000"'
     for name, fields in spec["variants"].items():
-        if not isinstance(name, str) or not isinstance(fields or {}, dict):
-            yield f"variant {name!r} must be a name with {{options, published}}"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", str(name)) or not isinstance(fields or {}, dict):
+            yield f"variant {name!r} must be a name of letters, digits, . _ and -, with {{options, published}}"
             continue
         for key, value in (fields or {}).items():
             if key not in _VARIANT_KEYS:
