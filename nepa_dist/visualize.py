@@ -1,8 +1,8 @@
 """Pictures of a run: its curves, and what its model sees.
 
-Curves of loss, gradient norm and collapse are drawn from ``metrics.jsonl``. ``python -m nepa_dist.visualize RUN IMAGE...``
-draws for each image the paper's figure 5: the query patch, its attention and the similarity to its prediction, as
-:mod:`nepa_dist.maps` computes them.
+``python -m nepa_dist.visualize RUN`` draws the curves that are in ``metrics.jsonl``, as the trainer does when it ends.
+``python -m nepa_dist.visualize RUN|WEIGHTS IMAGE...`` draws for each image the paper's figure 5: the query patch, its attention
+and the similarity to its prediction, as :mod:`nepa_dist.maps` computes them.
 
 matplotlib and torch are loaded when the first picture is drawn, so that the trainer's curves need no torch.
 """
@@ -33,15 +33,17 @@ Series = Mapping[str, tuple[list[float], list[float]]]
 """Lines by their name in the legend: x values, y values."""
 
 _COLORS = ("#1f6fb4", "#d9711c", "#2c8c4a", "#a03aa0", "#7a6a52", "#4d4d4d")
+_SCORES = dict.fromkeys(("top1", "top5", "miou", "macc", "aacc"), "step")
 _SMOOTH_MIN_POINTS = 20  # fewer points are shown as they are
 
 
 def plot_curves(run_dir: str | Path) -> list[Path]:
     """Draw the curves of a run into ``<run_dir>/figures``.
 
-    ``loss.png``, ``grad_norm.png`` (logarithmic) and ``collapse.png`` (mean cosine and effective rank of targets and
-    predictions); each only if the run has values for it. Loss and gradient norm show a moving average with the raw values
-    behind it, and mark where steps were skipped.
+    ``loss.png``, ``grad_norm.png`` (logarithmic), ``knn.png`` (accuracy beside training), ``validation.png`` (scores of
+    fine-tuning and segmentation) and ``collapse.png`` (mean cosine and effective rank of targets and predictions); each only
+    if the run has values for it. Loss and gradient norm show a moving average with the raw values behind it, and mark where
+    steps were skipped.
 
     Args:
         run_dir: folder of a run, with ``metrics.jsonl``.
@@ -67,6 +69,11 @@ def plot_curves(run_dir: str | Path) -> list[Path]:
             path = figures / f"{key}.png"
             plot_lines(path, series, xlabel="step", ylabel=label, title=title, log_y=log_y, smooth=True, marks=skipped)
             paths.append(path)
+    for name, scores, label in (("knn", {"knn_top1": "knn_step"}, "k-NN top-1"), ("validation", _SCORES, "score")):
+        lines = {key: _points(rows, key, step=at) for key, at in scores.items()}
+        if lines := {key: points for key, points in lines.items() if points[0]}:
+            plot_lines(figures / f"{name}.png", lines, xlabel="step", ylabel=label, title=title)
+            paths.append(figures / f"{name}.png")
     panels: dict[str, Series] = {}
     for ylabel, family in (("mean pairwise cosine", "embedding_mean_cosine"), ("effective rank", "embedding_effective_rank")):
         lines = {name: _points(rows, f"{family}.{key}") for name, key in (("targets", "target"), ("predictions", "pred"))}
@@ -145,9 +152,14 @@ def _draw(axes: Axes, series: Series, ylabel: str, *, smooth: bool = False) -> N
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _points(rows: Sequence[Mapping[str, float]], key: str, *, positive: bool = False) -> tuple[list[float], list[float]]:
-    """Steps and values of one key; NaN where a value cannot be drawn, so that the line breaks; empty if none can."""
-    points = [(row["step"], row[key]) for row in rows if key in row]
+def _points(
+    rows: Sequence[Mapping[str, float]], key: str, *, step: str = "step", positive: bool = False
+) -> tuple[list[float], list[float]]:
+    """Steps and values of one key; NaN where a value cannot be drawn, so that the line breaks; empty if none can.
+
+    A value that several rows repeat, as told by its ``step``, is one point.
+    """
+    points = list({row[step]: row[key] for row in rows if key in row and step in row}.items())
     values = [y if math.isfinite(y) and (y > 0 or not positive) else math.nan for _, y in points]
     if all(math.isnan(y) for y in values):
         return [], []
@@ -227,17 +239,29 @@ def default_queries(rows: int, columns: int) -> list[Query]:
     return list(dict.fromkeys(queries))
 
 
-def _read_images(files: Sequence[Path], size: int) -> list[NDArray[np.uint8]]:
-    """The central square of each image, size x size pixels; names every image that cannot be read, not only the first."""
-    from nepa_dist.config import AugmentConfig
-    from nepa_dist.data.augment import augment
+def _read_images(files: Sequence[Path], size: tuple[int, int], whole: bool, patch_size: int) -> list[NDArray[np.uint8]]:
+    """Images, cropped in the middle and scaled to a size; names every image that cannot be read, not only the first.
+
+    Args:
+        files: the images.
+        size: height and width, pixels.
+        whole: keep the shape of each image instead: its short side gets the height, both become multiples of the patch size.
+        patch_size: pixels.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
     from nepa_dist.data.decode import BadImage, decode_image
 
     images, problems = [], []
     for file in files:
         try:
-            pixels = decode_image(file.read_bytes())
-            images.append(augment(pixels, AugmentConfig(crop="center"), image_size=size, seed=0, epoch=0, sample_id=0))
+            image = Image.fromarray(decode_image(file.read_bytes()))
+            height, width = size
+            if whole:
+                scale = height / min(image.size) / patch_size
+                width, height = (max(1, round(side * scale)) * patch_size for side in image.size)
+            images.append(np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)))
         except OSError as error:
             problems.append(f"{file}: {error.strerror or error}")
         except BadImage as error:
@@ -266,6 +290,13 @@ def _pair(text: str) -> Query:
     return int(row), int(column)
 
 
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and (width or height).isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither PIXELS nor HEIGHTxWIDTH, for example 224 or 224x448")
+    return int(height), int(width or height)
+
+
 def _layers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -274,39 +305,56 @@ def _layers(text: str) -> list[int]:
 
 
 def _run(args: argparse.Namespace) -> list[Path]:
-    from nepa_dist.maps import check_query, check_size
+    if not args.images:
+        if paths := plot_curves(args.model):
+            return paths
+        raise ValueError(f"{args.model} has logged nothing that could be drawn; name images to draw maps")
+    from nepa_dist.maps import check_size
     from nepa_dist.trained import load_trained
 
     trained = load_trained(args.model, ema=not args.raw)
     config = trained.task.backbone.config
-    size = config.image_size if args.size is None else args.size
-    side = check_size(size, config.patch_size)
-    for number in args.query_patch:
-        if not 0 <= number < side * side:
-            raise ValueError(f"query patch {number} is outside the grid of {side} x {side}: patches are 0 to {side * side - 1}")
-    queries = list(args.query) + [divmod(number, side) for number in args.query_patch]
-    for query in queries:
-        check_query(query, side, side)
-    queries = queries or default_queries(side, side)
+    size = args.size or (config.image_size, config.image_size)
+    for side in size:
+        check_size(side, config.patch_size)
+    if args.whole and size[0] != size[1]:
+        raise ValueError(f"--whole keeps the shape of the image: give one size, not {size[0]}x{size[1]}")
     out = args.out or (args.model / "figures" if (args.model / "checkpoints").is_dir() else Path())
-    images = _read_images(args.images, size)
+    images = _read_images(args.images, size, args.whole, config.patch_size)
+    queries = [_queries(args, image.shape[0] // config.patch_size, image.shape[1] // config.patch_size) for image in images]
     paths = [out / name for name in _names(args.images)]
-    for file, image, path in zip(args.images, images, paths, strict=True):
-        title = f"{file.name}  -  {args.model.resolve().name}, {trained.origin}"
-        plot_maps(trained, image, queries, path, layers=args.layers, title=title)
-        print(f"wrote {path}")
+    for file, image, wanted, path in zip(args.images, images, queries, paths, strict=True):
+        title = f"{file.name}  -  {trained.provenance.name}, {trained.origin}"
+        plot_maps(trained, image, wanted, path, layers=args.layers, title=title)
     return paths
+
+
+def _queries(args: argparse.Namespace, rows: int, columns: int) -> list[Query]:
+    """The query patches in a grid; refuses those that are not in it."""
+    from nepa_dist.maps import check_query
+
+    for number in args.query_patch:
+        if not 0 <= number < rows * columns:
+            last = rows * columns - 1
+            raise ValueError(f"query patch {number} is outside the grid of {rows} x {columns}: patches are 0 to {last}")
+    queries = list(args.query) + [divmod(number, columns) for number in args.query_patch]
+    for query in queries:
+        check_query(query, rows, columns)
+    return queries or default_queries(rows, columns)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m nepa_dist.visualize", description="Draw what a query patch attends to, and how well it is predicted."
+        prog="python -m nepa_dist.visualize",
+        description="Draw the curves of a run, or what a query patch of an image attends to and how well it is predicted.",
     )
     parser.add_argument(
         "model", type=Path, metavar="RUN|WEIGHTS", help="folder of a run, a checkpoint or weights, or a safetensors file"
     )
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files; the central square is used")
+    parser.add_argument(
+        "images", type=Path, nargs="*", metavar="IMAGE", help="image files; the central square is used. None: the run's curves"
+    )
     parser.add_argument(
         "--query", type=_pair, action="append", default=[], metavar="ROW,COL", help="query patch, from 0; repeat for more"
     )
@@ -319,13 +367,17 @@ def main(argv: list[str] | None = None) -> int:
         help="query patch by number, row by row from 0; repeat for more",
     )
     parser.add_argument("--layers", type=_layers, metavar="0,6,11", help="a panel for each; default: the mean over all layers")
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the image that the model sees; default: as trained")
+    parser.add_argument(
+        "--size", type=_size, metavar="PIXELS|HxW", help="of the image that the model sees; default: as trained"
+    )
+    parser.add_argument("--whole", action="store_true", help="keep the shape of the image; its short side gets the size")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/figures; for weights the current folder")
     parser.add_argument("--raw", action="store_true", help="use the weights themselves, not their average")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")
     try:
-        _run(args)
+        for path in _run(args):
+            print(f"wrote {path}")
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
