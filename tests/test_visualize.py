@@ -12,7 +12,6 @@ from nepa_dist.config import Config
 from nepa_dist.tasks.pretrain import PretrainTask
 from nepa_dist.visualize import main, plot_curves, plot_lines
 
-
 VIOLET = (150, 0, 255)
 
 
