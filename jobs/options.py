@@ -20,6 +20,20 @@ TASKS: tuple[str, ...] = get_args(Config.model_fields["task"].annotation)
 SectionT = TypeVar("SectionT", bound=Section)
 
 
+_RESOURCES = {
+    "cpus_per_gpu": ("N", "cores per GPU, so per process"),
+    "mem": ("M", "memory per node, such as 500G"),
+    "time": ("T", "limit of a job, such as 1-00:00:00; the run goes on in the next one"),
+    "partition": ("P", "partition"),
+    "account": ("A", "account"),
+    "qos": ("Q", "quality of service"),
+    "constraint": ("C", "features that nodes must have"),
+    "exclude": ("NODES", "nodes that must not be used"),
+    "array_parallelism": ("N", "runs of a sweep at a time"),
+}
+"""Option, and field of the cluster -> (its value, what it is)."""
+
+
 class Layers(NamedTuple):
     """What :func:`nepa_dist.config_load.load_config` is called with."""
 
@@ -45,8 +59,25 @@ def stage_parser(task: str) -> argparse.ArgumentParser:
     parser.set_defaults(task=task)
     parser.add_argument("recipe", help=f"settings of a size: {_known(task)}")
     add_stage_options(parser)
-    parser.add_argument("--dry-run", action="store_true", help="check, print cost, steps, memory and settings; start nothing")
+    add_ways(parser)
     return parser
+
+
+def add_ways(parser: argparse.ArgumentParser) -> None:
+    """The options that describe instead of starting, and what goes with a job."""
+    parser.add_argument("--dry-run", action="store_true", help="check, print cost, steps, memory and settings; start nothing")
+    parser.add_argument("--print", action="store_true", help="show the batch script and the environment of the ranks")
+    parser.add_argument("--check", action="store_true", help="show what every check says; start nothing")
+    parser.add_argument(
+        "--skip-check", action="append", default=[], metavar="NAME", help="do without a check, as --check names it; repeatable"
+    )
+    parser.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="FILES",
+        help="that git does not track, for the code of a job; repeatable",
+    )
 
 
 def add_stage_options(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +86,9 @@ def add_stage_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", metavar="NAME", help=f"{_known('cluster')}; default: local, or slurm with --nodes above 1")
     parser.add_argument("--nodes", type=int, metavar="N", help="machines")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="processes per machine, one per GPU")
+    for name, (metavar, what) in _RESOURCES.items():
+        kind = int if metavar == "N" else str
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"of SLURM: {what}")
     parser.add_argument("--engine", metavar="NAME", help=f"how the model is placed on devices: {_known('engine')}")
     parser.add_argument("--init", metavar="DIR", help="run folder or checkpoint that a new run starts from")
     parser.add_argument(
@@ -66,7 +100,13 @@ def add_stage_options(parser: argparse.ArgumentParser) -> None:
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--name", help="name of the run; default: <task>-<recipe>[-<data>]. Its folder is runs/NAME")
     place.add_argument("--run-dir", metavar="DIR", help="the run folder itself, in place of runs/NAME")
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="more settings (YAML); repeatable")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="more settings (YAML file, or a name such as ablate/no_shift); repeatable",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; repeatable")
 
 
@@ -103,9 +143,11 @@ def collect_layers(args: argparse.Namespace) -> tuple[Layers, list[str]]:
     add("cluster", "cluster", default_cluster(args))
     if args.engine is not None:
         add("engine", "engine", args.engine)
-    files += map(Path, args.config)
+    files += map(_config_file, args.config)
     override("cluster.nodes", args.nodes)
     override("cluster.gpus_per_node", args.gpus_per_node)
+    for name in _RESOURCES:
+        override(f"cluster.{name}", getattr(args, name))
     override("init.path", None if args.init is None else absolute(args.init))
     override("init.load", args.load)
     override("checkpoint.allow", args.allow or None)
@@ -115,6 +157,12 @@ def collect_layers(args: argparse.Namespace) -> tuple[Layers, list[str]]:
         override("run_root", str(run_dir.parent))
         override("name", run_dir.name)
     return Layers(files, [*overrides, *args.set], base), problems
+
+
+def _config_file(text: str) -> Path:
+    """The file that ``--config`` names: a path, or ``ablate/no_shift`` for one in configs/."""
+    own = CONFIGS / f"{text}.yaml"
+    return own if not Path(text).exists() and own.exists() else Path(text)
 
 
 def _known(folder: str) -> str:

@@ -18,6 +18,8 @@ from nepa_dist.run_folder import write_text
 JOB = "job"
 """In the folder of a run: what concerns its job."""
 OUTCOME = f"{JOB}/outcome.json"
+BATCH = "NEPA_BATCH"
+"""Variable that tells a rank that the batch script reads outcome.json, so that stopping in order may be exit code 0."""
 KINDS = {EXIT_DONE: "finished", EXIT_AGAIN: "stopped", EXIT_FAILED: "gave up"}
 """Exit code of a training that ended in order -> what is noted."""
 SCORES = ("top1", "top5", "miou", "macc", "aacc")
@@ -69,7 +71,7 @@ def clear_outcome(run_dir: Path) -> None:
 
 def read_progress(run_dir: Path) -> Progress:
     """Where the run stands; reads no more than the end of the file."""
-    for row in _rows_backwards(run_dir / "metrics.jsonl"):
+    for row in tail_rows(run_dir / "metrics.jsonl"):
         step, eta, seconds = (row.get(name) for name in ("step", "eta_seconds", "step_seconds"))
         if not isinstance(step, int) or not isinstance(eta, int | float) or not isinstance(seconds, int | float):
             continue  # the line of a validation
@@ -129,7 +131,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _rows_backwards(path: Path) -> Iterator[dict[str, Any]]:
+def tail_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Objects of the last lines of a JSONL file, newest first; what is no object is passed over."""
     try:
         with path.open("rb") as file:

@@ -117,8 +117,8 @@ def partitions() -> list[Partition]:
             continue
         name, available, limit, nodes, cores, memory, gres = fields
         gpus = sum(int(number) for number in re.findall(r"gpu:(?:[^:,(]+:)?(\d+)", gres))
-        sizes = [int(re.sub(r"\D.*", "", text) or 0) for text in (nodes, cores, memory)]
-        found.append(Partition(name, available == "up", minutes(limit), *sizes, gpus))
+        sizes = [int(re.sub(r"\D.*", "", text) or 0) for text in (nodes, cores, memory)]  # 8+ where nodes differ
+        found.append(Partition(name, available == "up", minutes(limit), sizes[0], sizes[1], sizes[2], gpus))
     return found
 
 

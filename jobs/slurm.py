@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.runs import JOB
-from nepa_dist.config import ClusterConfig
+from jobs.runs import BATCH, JOB
+from nepa_dist.config import ClusterConfig, Config
 from nepa_dist.run_folder import write_text
 
 INHERITED = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "TZ", "SLURM_CONF")
@@ -50,6 +50,20 @@ class Job(NamedTuple):
     def log(self) -> Path:
         """Where the batch script prints, with SLURM's patterns."""
         return self.folder / self.record / "log-%A_%a.txt" if self.is_array else self.runs[0] / "logs" / "job-%j.txt"
+
+
+def job_of(config: Config, code: Path, folder: Path | None = None, after: str = "") -> Job:
+    """The job of one run.
+
+    Args:
+        config: of the run.
+        code: its snapshot.
+        folder: that holds run and snapshot; default: that of the run.
+        after: condition that it waits for.
+    """
+    folder = folder or config.run_dir
+    name = config.name if folder == config.run_dir else f"{folder.name}-{config.name}"
+    return Job(name, config.cluster, (config.run_dir,), folder, code, gpus=config.engine.device != "cpu", after=after)
 
 
 class SubmitError(RuntimeError):
@@ -157,11 +171,11 @@ def _setup(job: Job) -> Iterator[str]:
     where, folder = job.cluster, shlex.quote(str(job.folder))
     if job.is_array:
         yield f"runs=({' '.join(shlex.quote(str(run)) for run in job.runs)})"
-        yield 'run=${runs[SLURM_ARRAY_TASK_ID]}'
+        yield "run=${runs[SLURM_ARRAY_TASK_ID]}"
         yield f'log={folder}/{job.record}/log-"$SLURM_ARRAY_JOB_ID"_"$SLURM_ARRAY_TASK_ID".txt'
     else:
         yield f"run={shlex.quote(str(job.runs[0]))}"
-        yield 'log=$run/logs/job-$SLURM_JOB_ID.txt'
+        yield "log=$run/logs/job-$SLURM_JOB_ID.txt"
     yield f"job=$run/{job.record}"
     yield f"max_stalled={where.max_stalled_starts}"
     yield f"silence={'stopped' if job.module == RUNNER else 'finished'}"
@@ -181,6 +195,7 @@ def _environment(job: Job) -> dict[str, str]:
     values = {
         "PYTHONPATH": str(job.code),
         "PYTHONUNBUFFERED": "1",
+        BATCH: "1",
         "OMP_NUM_THREADS": str(where.cpus_per_gpu or 1),
         "OMP_WAIT_POLICY": "PASSIVE",
     }
@@ -195,7 +210,7 @@ def _step(job: Job) -> str:
     words = ["srun", "--kill-on-bad-exit=1", "--open-mode=append"]
     if where.cpus_per_gpu is not None:
         words.append(f"--cpus-per-task={where.cpus_per_gpu}")  # srun does not take it from the job since SLURM 22.05
-    output = '--output="$run"/logs/rank-%t.txt' if job.module == RUNNER else f'--output="$run"/{job.record}/log.txt'
+    output = '--output="$run/logs/rank-%t.txt"' if job.module == RUNNER else f'--output="$run/{job.record}/log.txt"'
     inner = []
     if where.container is not None and where.container_runtime == "pyxis":
         mounts = [_mount(text) for text in (str(job.folder), *where.container_mounts)]
@@ -205,7 +220,7 @@ def _step(job: Job) -> str:
         inner = ["apptainer", "exec", *(["--nv"] if job.gpus else []), *mounts, where.container]
     default = sys.executable if where.container is None else "python"
     inner += [where.python or default, "-P", "-m", *job.module]
-    return f"{shlex.join(words)} {output} \\\n  {shlex.join(inner)} \"$run\""
+    return f'{shlex.join(words)} {output} \\\n  {shlex.join(inner)} "$run"'
 
 
 def _mount(text: str) -> str:

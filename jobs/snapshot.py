@@ -1,13 +1,14 @@
 """The code of a job: what was submitted is what runs, also after a requeue and whatever happens to the working tree.
 
 A snapshot is a folder ``code/<first digits of its digest>`` with the files that git tracks, as they lie in the working tree,
-new ones in the packages, and those that ``--include`` names. Beside them: ``SNAPSHOT.json`` (digest, commit, every file's SHA-256), ``SNAPSHOT.diff``
-(what differs from the commit) and ``packages.txt`` (what is installed). The digest goes into the configuration of the run, and
-with it into its checkpoints. Imports no torch.
+new ones in the packages, and those that ``--include`` names. Beside them: ``SNAPSHOT.json`` (digest, commit, the SHA-256 of
+every file), ``SNAPSHOT.diff`` (what differs from the commit) and ``packages.txt`` (what is installed). The digest goes into the
+configuration of the run, and with it into its checkpoints. Imports no torch.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -100,6 +101,16 @@ def read_tree(include: Sequence[str] = (), root: Path = REPO_ROOT) -> Snapshot:
         if info.st_mode & 0o100:
             executable.add(name)
     return Snapshot(root, files, frozenset(executable))
+
+
+@functools.lru_cache(maxsize=8)
+def _cached_tree(include: tuple[str, ...]) -> Snapshot:
+    return read_tree(include)
+
+
+def read_code(include: Sequence[str]) -> Snapshot:
+    """:func:`read_tree` of this project, once per command: what the checks saw is what its jobs get."""
+    return _cached_tree(tuple(include))
 
 
 def secrets_in(snapshot: Snapshot, environment: Mapping[str, str]) -> list[str]:

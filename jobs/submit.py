@@ -14,12 +14,15 @@ from pathlib import Path
 if not __package__:  # started as a file: the folder above holds both packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from jobs import pipeline
-from jobs.checks import check_stage
+from jobs import control, pipeline, probe, status, sweep
+from jobs.checks import Checked, check_stage
 from jobs.cluster import USER_ERROR
-from jobs.launch import LaunchError, launch_local
+from jobs.findings import Finding, table
+from jobs.launch import LaunchError, describe_job, launch_local, launch_slurm
 from jobs.options import TASKS, collect_layers, stage_parser
-from nepa_dist.config import nearest
+from jobs.runs import is_finished, newest_checkpoint
+from jobs.snapshot import read_code
+from nepa_dist.config import Config, nearest
 from nepa_dist.report import build_report
 
 HELP = """\
@@ -32,14 +35,19 @@ examples:
   python jobs/submit.py pretrain vit_s --data digits --config configs/ablate/no_shift.yaml --name no-shift
   python jobs/submit.py pretrain vit_s --data digits --set optim.base_lr=1e-3 --set steps=500
   python jobs/submit.py pipeline vit_tiny --data digits                  pretrain, then fine-tune and segment from it
+  python jobs/submit.py sweep ablate_digits                              variants side by side, one table at the end
 
 other commands:
+  python jobs/submit.py probe RUN                                        what the features of a pretraining run are worth
   python jobs/submit.py prepare SOURCE OUT [--array 16]                  pack a data set into shards, here or as SLURM jobs
   python jobs/submit.py doctor --data DATA                               can this node feed its GPUs with this data?
+  python jobs/submit.py status [RUN ...]                                 where each run stands, and why
+  python jobs/submit.py logs RUN [-f] [--rank R]                         what it says
+  python jobs/submit.py stop RUN | cancel RUN | resume RUN               save and end | end at once | go on
 
 The same command again resumes the run. Exit codes: 0 finished, 75 stopped after saving, 2 a mistake to correct, others failed.
 """
-COMMANDS = (*TASKS, "pipeline", "prepare", "doctor")
+COMMANDS = (*TASKS, "pipeline", "sweep", "probe", "prepare", "status", "logs", "cancel", "stop", "resume", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "pipeline":
         code, problems = pipeline.main(rest)
         return refuse(problems) if problems else code
+    if command == "sweep":
+        code, problems = sweep.main(rest)
+        return refuse(problems) if problems else code
+    if command == "probe":
+        code, problems = probe.main(rest)
+        return refuse(problems) if problems else code
+    if command in ("logs", "cancel", "stop", "resume"):
+        code, problems = control.main(command, rest)
+        return refuse(problems, "done") if problems else code
+    if command == "status":
+        return status.main(rest)
     if command == "doctor":
         from jobs import doctor
 
@@ -78,25 +97,58 @@ def run_stage(task: str, argv: Sequence[str]) -> int:
     args = stage_parser(task).parse_args(argv)
     layers, problems = collect_layers(args)
     checked = check_stage(args, layers)
+    if args.check:
+        return show_checks(problems, checked.findings)
     problems += checked.problems
     config = checked.config
     if config is None or problems:
         return refuse(problems)
     if args.dry_run:
         state = "exists, would be resumed" if (config.run_dir / "config.yaml").exists() else "new"
-        report = build_report(config, checked.num_samples, checked.note)
+        notes = [checked.note, *(finding.text for finding in checked.findings if finding.kind == "note")]
+        report = build_report(config, checked.num_samples, "\n".join(notes))
         _print_report([f"Run folder: {config.run_dir} ({state})", *checked.changes, "", report])
         return 0
+    if args.print:
+        _print_report(describe_job(config, read_code(args.include)))
+        return 0
     try:
-        return launch_local(config, checked.changes)
+        return start(config, checked, args.include)
     except LaunchError as error:
         return refuse([str(error)])
 
 
-def refuse(problems: Sequence[str]) -> int:
+def start(config: Config, checked: Checked, include: Sequence[str]) -> int:
+    """Start a run that has passed its checks, here or as a job; returns the exit code.
+
+    Raises:
+        LaunchError: it could not be started.
+    """
+    if config.cluster.launcher == "local":
+        return launch_local(config, checked.changes)
+    run_dir = config.run_dir
+    if is_finished(run_dir, checked.steps):
+        print(f"this run is finished: {run_dir} holds all {newest_checkpoint(run_dir)} steps; nothing was submitted")
+        return 0
+    number = launch_slurm(config, read_code(include))
+    print("\n".join([f"submitted job {number}: {run_dir}", *checked.changes]))
+    print(f"  python jobs/submit.py status {run_dir}\n  python jobs/submit.py logs -f {run_dir}")
+    return 0
+
+
+def show_checks(problems: Sequence[str], findings: Sequence[Finding]) -> int:
+    """Print what every check says; returns 2 if one found a problem."""
+    named = [*(Finding("problem", text, "options") for text in problems), *findings]
+    wrong = sum(finding.kind == "problem" for finding in named)
+    summary = f"{wrong} problems" if wrong else "no problems"
+    _print_report([*table(named), f"{len(named)} checks, {summary}, nothing was started"])
+    return USER_ERROR if wrong else 0
+
+
+def refuse(problems: Sequence[str], what: str = "started") -> int:
     """Print a list of problems; returns the exit code for it."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    print("\n".join([f"{count}, nothing was started:", *(f"  - {problem}" for problem in problems)]), file=sys.stderr)
+    print("\n".join([f"{count}, nothing was {what}:", *(f"  - {problem}" for problem in problems)]), file=sys.stderr)
     return USER_ERROR
 
 

@@ -16,7 +16,9 @@ _TASKS = {
     "finetune": "a classifier of {classes} classes",
     "segment": "a segmentation model of {classes} classes",
 }
-_LOCAL: Any = {"cluster": True, "metrics": True, "run_root": True, "data": {"source", "cache_dir"}}
+_LOCAL: Any = dict.fromkeys(("name", "run_root", "cluster", "checkpoint", "guard", "metrics"), True) | {
+    "data": {"source", "cache_dir", "cache_gigabytes", "num_workers", "prefetch_batches", "expected_num_samples"}
+}
 """Settings of the place where the weights were trained, not of the recipe."""
 _FORMATS = {
     "native": "`model.safetensors` has the parameters' own names; `config.json` is the configuration.",

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from nepa_dist import __version__
 from nepa_dist.checkpoint.manifest import Manifest
 from nepa_dist.metrics.sinks import read_curve
 
@@ -15,6 +16,8 @@ Kind = Literal["ema", "raw", "unknown"]
 KINDS: dict[Kind, str] = {"ema": "averaged weights", "raw": "raw weights", "unknown": "weights as published"}
 """In words: the moving average, what the optimizer updates, or weights of which nobody says."""
 
+_MARK = "nepa_dist"
+"""Key of the version that wrote a header; headers of others have no facts for us."""
 _QUALITY = {"loss", "eval_loss", "top1", "top5", "miou", "macc", "aacc", "knn_top1"}
 
 
@@ -67,11 +70,13 @@ class Provenance:
     def to_metadata(self) -> dict[str, str]:
         """As strings by name, for the header of a safetensors file: texts as they are, the rest as JSON."""
         facts = {key: value for key, value in asdict(self).items() if value is not None and value != ()}
-        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+        return {_MARK: __version__} | {
+            key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()
+        }
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], name: str) -> Provenance:
-        """What :meth:`to_metadata` wrote; anything else in the header is not looked at.
+        """What :meth:`to_metadata` wrote; a header of others says nothing of where the weights come from.
 
         Args:
             metadata: of the file.
@@ -80,6 +85,8 @@ class Provenance:
         Raises:
             ValueError: a fact is malformed.
         """
+        if _MARK not in metadata:
+            return cls("unknown", name)
         weights: Any = metadata.get("weights", "unknown")
         if weights not in KINDS:
             raise ValueError(f"weights {weights!r} is none of {', '.join(KINDS)}")

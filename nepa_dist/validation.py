@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nepa_dist.config import Config
 from nepa_dist.data.batch import Batch
+from nepa_dist.data.classes import class_names
 from nepa_dist.data.containers import open_split
 from nepa_dist.data.device import to_device
 from nepa_dist.data.loader import EvalLoader
@@ -110,7 +111,7 @@ class Validator:
                 return False
             for name, reason in sorted({pair for _, _, found in parts for pair in found}):
                 reporter.event(f"left out of the validation: {name}: {reason}")
-            scores = task.score(add_up([part for _, part, _ in parts]), self._container.class_names)
+            scores = task.score(add_up([part for _, part, _ in parts]), class_names(run.config, self._container))
             state.evaluated_step, score = state.step, scores.values[scores.main]
             better = state.best_score is None or score > state.best_score
             if better and run.world.gather(run.world.is_main and self._keep(task, scores, reporter))[0]:
@@ -121,7 +122,7 @@ class Validator:
         values = scores.values | {"eval_seconds": seconds}
         if state.best_score is not None:
             values["best_score"] = state.best_score
-        reporter.validated(state.step, values, seconds)
+        reporter.scored(state.step, values, seconds)
         return True
 
     def close(self) -> None:

@@ -1,193 +1,33 @@
-"""Pictures of a run: its curves, and what its model sees.
+"""Pictures of what a model sees: ``python -m nepa_dist.visualize RUN|WEIGHTS IMAGE...``
 
-``python -m nepa_dist.visualize RUN`` draws the curves that are in ``metrics.jsonl``, as the trainer does when it ends.
-``python -m nepa_dist.visualize RUN|WEIGHTS IMAGE...`` draws for each image the paper's figure 5: the query patch, its attention
-and the similarity to its prediction, as :mod:`nepa_dist.maps` computes them.
+For each image the paper's figure 5: the query patch, its attention and the similarity to its prediction, as computed by
+:mod:`nepa_dist.maps`. Of a segmentation model the classes over the image, beside the true ones where they are known. Without
+images, the curves of the run.
 
-matplotlib and torch are loaded when the first picture is drawn, so that the trainer's curves need no torch.
+matplotlib and torch are loaded when the first picture is drawn.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nepa_dist.metrics.sinks import read_curve
-from nepa_dist.pictures import MapRow, draw_maps, save_figure
+from nepa_dist.curves import plot_curves
+from nepa_dist.pictures import MapRow, draw_maps, draw_segmentation
 
 if TYPE_CHECKING:
     import numpy as np
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
+    from nepa_dist.config import Config, DataConfig, ModelConfig
+    from nepa_dist.gallery import Shown
     from nepa_dist.maps import Query
+    from nepa_dist.tasks.segment import SegmentTask
     from nepa_dist.trained import Trained
-
-Series = Mapping[str, tuple[list[float], list[float]]]
-"""Lines by their name in the legend: x values, y values."""
-
-_COLORS = ("#1f6fb4", "#d9711c", "#2c8c4a", "#a03aa0", "#7a6a52", "#4d4d4d")
-_SCORES = dict.fromkeys(("top1", "top5", "miou", "macc", "aacc"), "step")
-_SMOOTH_MIN_POINTS = 20  # fewer points are shown as they are
-
-
-def plot_curves(run_dir: str | Path) -> list[Path]:
-    """Draw the curves of a run into ``<run_dir>/figures``.
-
-    ``loss.png``, ``grad_norm.png`` (logarithmic), ``knn.png`` (accuracy beside training), ``validation.png`` (scores of
-    fine-tuning and segmentation) and ``collapse.png`` (mean cosine and effective rank of targets and predictions); each only
-    if the run has values for it. Loss and gradient norm show a moving average with the raw values behind it, and mark where
-    steps were skipped.
-
-    Args:
-        run_dir: folder of a run, with ``metrics.jsonl``.
-
-    Returns:
-        The files made; none if nothing has been logged yet.
-
-    Raises:
-        FileNotFoundError: ``run_dir`` is not a folder.
-        ValueError: ``metrics.jsonl`` is damaged; the message names the line.
-    """
-    run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise FileNotFoundError(f"{run_dir} is not the folder of a run")
-    file = run_dir / "metrics.jsonl"
-    rows = read_curve(file) if file.exists() else []
-    figures, title = run_dir / "figures", run_dir.resolve().name
-    skipped = _skipped_steps(rows)
-    paths = []
-    for key, label, log_y in (("loss", "loss", False), ("grad_norm", "gradient norm before clipping", True)):
-        series = {key: _points(rows, key, positive=log_y)}
-        if series[key][0]:
-            path = figures / f"{key}.png"
-            plot_lines(path, series, xlabel="step", ylabel=label, title=title, log_y=log_y, smooth=True, marks=skipped)
-            paths.append(path)
-    for name, scores, label in (("knn", {"knn_top1": "knn_step"}, "k-NN top-1"), ("validation", _SCORES, "score")):
-        lines = {key: _points(rows, key, step=at) for key, at in scores.items()}
-        if lines := {key: points for key, points in lines.items() if points[0]}:
-            plot_lines(figures / f"{name}.png", lines, xlabel="step", ylabel=label, title=title)
-            paths.append(figures / f"{name}.png")
-    panels: dict[str, Series] = {}
-    for ylabel, family in (("mean pairwise cosine", "embedding_mean_cosine"), ("effective rank", "embedding_effective_rank")):
-        lines = {name: _points(rows, f"{family}.{key}") for name, key in (("targets", "target"), ("predictions", "pred"))}
-        if lines := {name: points for name, points in lines.items() if points[0]}:
-            panels[ylabel] = lines
-    if panels:
-        paths.append(_plot_panels(figures / "collapse.png", panels, title))
-    return paths
-
-
-def plot_lines(
-    path: str | Path,
-    series: Series,
-    *,
-    xlabel: str,
-    ylabel: str,
-    title: str,
-    log_y: bool = False,
-    smooth: bool = False,
-    marks: Sequence[float] = (),
-) -> None:
-    """Draw lines into one PNG file.
-
-    Args:
-        path: the file; its folder is made if missing.
-        series: the lines; a legend is shown if there are two or more.
-        xlabel: what x is, with unit.
-        ylabel: what y is, with unit.
-        title: above the picture.
-        log_y: logarithmic y axis; all values must be positive.
-        smooth: draw a moving average, with the raw line pale behind it.
-        marks: x values of skipped steps, marked at the lower edge.
-    """
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        _draw(axes, series, ylabel, smooth=smooth)
-        if log_y:
-            axes.set_yscale("log")
-        if marks:
-            label = f"skipped steps ({len(marks)})"
-            edge = axes.get_xaxis_transform()
-            axes.plot(marks, [0.015] * len(marks), "|", color="#c01818", ms=9, mew=1.5, transform=edge, label=label)
-        if len(series) > 1 or marks:
-            axes.legend(frameon=False)
-        axes.set_xlabel(xlabel)
-
-    save_figure(Path(path), title, (7.2, 4.0), draw)
-
-
-def _plot_panels(path: Path, panels: Mapping[str, Series], title: str) -> Path:
-    """One panel below the other with a common step axis; keys of ``panels`` are the y labels."""
-
-    def draw(figure: Figure) -> None:
-        grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
-        for axes, (ylabel, series) in zip(grid[:, 0], panels.items(), strict=True):
-            _draw(axes, series, ylabel)
-            axes.legend(frameon=False)
-        grid[-1, 0].set_xlabel("step")
-
-    save_figure(path, title, (7.2, 3.1 * len(panels)), draw)
-    return path
-
-
-def _draw(axes: Axes, series: Series, ylabel: str, *, smooth: bool = False) -> None:
-    for index, (name, (x, y)) in enumerate(series.items()):
-        color = _COLORS[index % len(_COLORS)]
-        marker = "o" if len(x) < _SMOOTH_MIN_POINTS else ""
-        if smooth and len(x) >= _SMOOTH_MIN_POINTS:
-            axes.plot(x, y, color=color, alpha=0.25, lw=0.9)
-            y = _moving_average(y)
-        axes.plot(x, y, color=color, lw=1.6, marker=marker, ms=3.5, label=name)
-    axes.set_ylabel(ylabel)
-    axes.grid(True, color="#e4e4e4", lw=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _points(
-    rows: Sequence[Mapping[str, float]], key: str, *, step: str = "step", positive: bool = False
-) -> tuple[list[float], list[float]]:
-    """Steps and values of one key; NaN where a value cannot be drawn, so that the line breaks; empty if none can.
-
-    A value that several rows repeat, as told by its ``step``, is one point.
-    """
-    points = list({row[step]: row[key] for row in rows if key in row and step in row}.items())
-    values = [y if math.isfinite(y) and (y > 0 or not positive) else math.nan for _, y in points]
-    if all(math.isnan(y) for y in values):
-        return [], []
-    return [x for x, _ in points], values
-
-
-def _skipped_steps(rows: Sequence[Mapping[str, float]]) -> list[float]:
-    """Logged steps that were skipped, or before which the count of skipped steps went up."""
-    skipped, count = [], 0.0
-    for row in rows:
-        total = row.get("skipped_steps_total", count)
-        if row.get("applied") == 0 or total > count:
-            skipped.append(row["step"])
-        count = total
-    return skipped
-
-
-def _moving_average(values: Sequence[float]) -> list[float]:
-    """Mean over about 1 % of the points on either side, so that it does not lag behind; NaN stays NaN and counts nowhere."""
-    import numpy as np
-
-    y = np.asarray(values)
-    valid = ~np.isnan(y)
-    total, count = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(valid, y, 0.0), valid))
-    index, half = np.arange(len(y)), max(2, len(y) // 100)
-    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(y))
-    mean = (total[high] - total[low]) / np.maximum(count[high] - count[low], 1)
-    return [float(value) for value in np.where(valid, mean, np.nan)]
 
 
 def plot_maps(
@@ -233,54 +73,37 @@ def plot_maps(
     draw_maps(path, image, rows, title=title)
 
 
+def plot_segmentation(
+    task: SegmentTask, data: DataConfig, image: Shown, class_names: Sequence[str], path: Path, *, title: str
+) -> None:
+    """Draw the classes that a model sees in one image, and those of its mask where it has one, into a PNG file.
+
+    Args:
+        task: in evaluation mode.
+        data: mean and std.
+        image: of any size.
+        class_names: of the model's classes.
+        path: the file; its folder is made if missing.
+        title: above the picture.
+    """
+    import torch
+
+    from nepa_dist.data.device import normalize
+    from nepa_dist.data.segment_augment import resize_for_evaluation
+    from nepa_dist.data.transforms import class_mask
+
+    crop = task.backbone.config.image_size
+    resized = torch.from_numpy(resize_for_evaluation(image.pixels, (4 * crop, crop)).copy())
+    with torch.inference_mode():
+        prediction = task.predict(normalize(resized[None], data.mean, data.std), image.pixels.shape[:2])[0]
+    truth = None if image.mask is None else class_mask(image.mask, task.config)
+    draw_segmentation(path, image.pixels, prediction.numpy(), truth, class_names, title=title)
+
+
 def default_queries(rows: int, columns: int) -> list[Query]:
     """The patch in the middle, one in the upper right and one in the lower left quarter; fewer where a grid has no more."""
     queries = [(rows // 2, columns // 2), (rows // 4, 3 * columns // 4), (3 * rows // 4, columns // 4)]
     return list(dict.fromkeys(queries))
-
-
-def _read_images(files: Sequence[Path], size: tuple[int, int], whole: bool, patch_size: int) -> list[NDArray[np.uint8]]:
-    """Images, cropped in the middle and scaled to a size; names every image that cannot be read, not only the first.
-
-    Args:
-        files: the images.
-        size: height and width, pixels.
-        whole: keep the shape of each image instead: its short side gets the height, both become multiples of the patch size.
-        patch_size: pixels.
-    """
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    from nepa_dist.data.decode import BadImage, decode_image
-
-    images, problems = [], []
-    for file in files:
-        try:
-            image = Image.fromarray(decode_image(file.read_bytes()))
-            height, width = size
-            if whole:
-                scale = height / min(image.size) / patch_size
-                width, height = (max(1, round(side * scale)) * patch_size for side in image.size)
-            images.append(np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)))
-        except OSError as error:
-            problems.append(f"{file}: {error.strerror or error}")
-        except BadImage as error:
-            problems.append(f"{file}: {error}")
-    if problems:
-        raise ValueError("\n".join(["these images cannot be read:", *(f"  - {problem}" for problem in problems)]))
-    return images
-
-
-def _names(files: Sequence[Path]) -> list[str]:
-    """A file name for the picture of each image; images of the same name in several folders are numbered."""
-    names: list[str] = []
-    for file in files:
-        name, number = f"{file.stem}_maps.png", 1
-        while name in names:
-            number += 1
-            name = f"{file.stem}-{number}_maps.png"
-        names.append(name)
-    return names
 
 
 def _pair(text: str) -> Query:
@@ -290,6 +113,13 @@ def _pair(text: str) -> Query:
     return int(row), int(column)
 
 
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, for example 0,6,11") from None
+
+
 def _size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
     if not (height.isdecimal() and (width or height).isdecimal()):
@@ -297,36 +127,64 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width or height)
 
 
-def _layers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers, for example 0,6,11") from None
-
-
-def _run(args: argparse.Namespace) -> list[Path]:
-    if not args.images:
-        if paths := plot_curves(args.model):
-            return paths
-        raise ValueError(f"{args.model} has logged nothing that could be drawn; name images to draw maps")
-    from nepa_dist.maps import check_size
+def _run(args: argparse.Namespace) -> Iterator[Path]:
+    """Draw what was asked for; gives the files as they are made."""
+    if not args.images and not args.samples:
+        paths = plot_curves(args.model) if args.model.is_dir() else []
+        if not paths:
+            raise ValueError("there is nothing to draw: name image files, or --samples of the validation split")
+        yield from paths
+        return
+    from nepa_dist.gallery import from_files, from_samples
+    from nepa_dist.tasks.segment import SegmentTask
     from nepa_dist.trained import load_trained
 
     trained = load_trained(args.model, ema=not args.raw)
-    config = trained.task.backbone.config
-    size = args.size or (config.image_size, config.image_size)
-    for side in size:
-        check_size(side, config.patch_size)
-    if args.whole and size[0] != size[1]:
-        raise ValueError(f"--whole keeps the shape of the image: give one size, not {size[0]}x{size[1]}")
-    out = args.out or (args.model / "figures" if (args.model / "checkpoints").is_dir() else Path())
-    images = _read_images(args.images, size, args.whole, config.patch_size)
-    queries = [_queries(args, image.shape[0] // config.patch_size, image.shape[1] // config.patch_size) for image in images]
-    paths = [out / name for name in _names(args.images)]
-    for file, image, wanted, path in zip(args.images, images, queries, paths, strict=True):
-        title = f"{file.name}  -  {trained.provenance.name}, {trained.origin}"
-        plot_maps(trained, image, wanted, path, layers=args.layers, title=title)
-    return paths
+    data = trained.config.data if args.data is None else trained.config.data.model_copy(update={"source": args.data})
+    images = [*from_files(args.images), *from_samples(data, args.samples, trained.config.model.image_size)]
+    is_run = (args.model / "checkpoints").is_dir()
+    out = args.out or (args.model / "figures" if is_run else Path())
+    where = f"{args.model.resolve().name}, {trained.origin}"
+    if isinstance(trained.task, SegmentTask) and not (args.query or args.query_patch or args.layers):
+        names = _class_names(trained.config, data)
+        for image in images:
+            path = out / f"{image.name}_segmentation.png"
+            plot_segmentation(trained.task, trained.data, image, names, path, title=f"{image.name}  -  {where}")
+            yield path
+        return
+    images = _fitted(args, images, trained.task.backbone.config)
+    patch_size = trained.task.backbone.config.patch_size
+    queries = [_queries(args, *(side // patch_size for side in image.pixels.shape[:2])) for image in images]
+    for image, wanted in zip(images, queries, strict=True):
+        path = out / f"{image.name}_maps.png"
+        plot_maps(trained, image.pixels, wanted, path, layers=args.layers, title=f"{image.name}  -  {where}")
+        yield path
+
+
+def _fitted(args: argparse.Namespace, images: list[Shown], model: ModelConfig) -> list[Shown]:
+    """The images as the model is to see them."""
+    from nepa_dist.gallery import cropped, whole
+    from nepa_dist.maps import check_size
+
+    height, width = args.size or (model.image_size, model.image_size)
+    for side in (height, width):
+        check_size(side, model.patch_size)
+    if not args.whole:
+        return cropped(images, height, width)
+    if height != width:
+        raise ValueError(f"--whole keeps the shape of the image: give one size, not {height}x{width}")
+    return whole(images, height, model.patch_size)
+
+
+def _class_names(config: Config, data: DataConfig) -> list[str]:
+    """Names of the model's classes as the data has them; numbers where it is out of reach."""
+    from nepa_dist.data.classes import class_names
+    from nepa_dist.data.containers import DataError, open_split
+
+    try:
+        return class_names(config, open_split(data, "val", image_size=config.model.image_size))
+    except DataError:
+        return [str(index) for index in range(config.num_classes or 0)]
 
 
 def _queries(args: argparse.Namespace, rows: int, columns: int) -> list[Query]:
@@ -347,14 +205,16 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m nepa_dist.visualize",
-        description="Draw the curves of a run, or what a query patch of an image attends to and how well it is predicted.",
+        description="Draw what a patch attends to and predicts, the classes that a segmentation model sees, or a run's curves.",
     )
     parser.add_argument(
         "model", type=Path, metavar="RUN|WEIGHTS", help="folder of a run, a checkpoint or weights, or a safetensors file"
     )
+    parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="image files; without any, the run's curves")
     parser.add_argument(
-        "images", type=Path, nargs="*", metavar="IMAGE", help="image files; the central square is used. None: the run's curves"
+        "--samples", type=_numbers, default=[], metavar="0,5,7", help="images of the validation split, by number"
     )
+    parser.add_argument("--data", metavar="DATA", help="whose validation split; default: that of the run")
     parser.add_argument(
         "--query", type=_pair, action="append", default=[], metavar="ROW,COL", help="query patch, from 0; repeat for more"
     )
@@ -366,18 +226,18 @@ def main(argv: list[str] | None = None) -> int:
         metavar="N",
         help="query patch by number, row by row from 0; repeat for more",
     )
-    parser.add_argument("--layers", type=_layers, metavar="0,6,11", help="a panel for each; default: the mean over all layers")
+    parser.add_argument("--layers", type=_numbers, metavar="0,6,11", help="a panel for each; default: the mean over all layers")
     parser.add_argument(
-        "--size", type=_size, metavar="PIXELS|HxW", help="of the image that the model sees; default: as trained"
+        "--size", type=_size, metavar="PIXELS|HxW", help="of the central part that the model sees; default: as trained"
     )
-    parser.add_argument("--whole", action="store_true", help="keep the shape of the image; its short side gets the size")
+    parser.add_argument("--whole", action="store_true", help="the model sees the whole image; its short side gets the size")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/figures; for weights the current folder")
     parser.add_argument("--raw", action="store_true", help="use the weights themselves, not their average")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")
     try:
         for path in _run(args):
-            print(f"wrote {path}")
+            print(f"wrote {path}", flush=True)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

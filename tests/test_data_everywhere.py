@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_train import run
 
 from images import image_folder
 from jobs.submit import main as submit
@@ -14,7 +15,6 @@ from nepa_dist.data.containers import DataError, Sample, open_container
 from nepa_dist.data.loader import EvalLoader, TrainLoader, add_digests, batch_digest
 from nepa_dist.metrics.sinks import read_curve
 from splits import planned, prepare, write
-from test_train import run
 
 CONTAINERS = ("folder", "tar", "mds", "beton")
 BATCH, STEPS = 8, 9  # 30 images: an epoch ends within the fourth step

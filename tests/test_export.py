@@ -90,7 +90,8 @@ def test_official_weights_and_back(runs, tmp_path, task):
     assert "preprocessor_config.json" in os.listdir(tmp_path / "official")
     assert json.loads((tmp_path / "official" / "config.json").read_text())["dtype"] == "float32"
     assert main([str(tmp_path / "official"), str(tmp_path / "native")]) == 0
-    assert header(tmp_path / "native")["weights"] == "unknown"
+    assert header(tmp_path / "native") == header(tmp_path / "official")
+    assert header(tmp_path / "native")["weights"] == "ema"
     again, first = load_trained(tmp_path / "native"), load_trained(runs[task])
     assert (again.config.task, again.config.causal, again.data.mean) == (task, first.config.causal, first.data.mean)
     assert all(again.task.state_dict()[name].equal(tensor) for name, tensor in first.task.state_dict().items())
@@ -201,6 +202,6 @@ def test_a_header_that_is_malformed_is_named(runs, tmp_path, capsys):
     assert main([str(runs["pretrain"]), str(tmp_path / "out")]) == 0
     file = tmp_path / "out" / "model.safetensors"
     for facts in ({"weights": "magic"}, {"weights": "ema", "step": "soon"}, {"weights": "ema", "results": "[1]"}):
-        save_file(load_file(file), tmp_path / "out" / "other.safetensors", facts)
+        save_file(load_file(file), tmp_path / "out" / "other.safetensors", {"nepa_dist": "0.1.0", **facts})
         assert main([str(tmp_path / "out" / "other.safetensors"), str(tmp_path / "again")]) == 2
         assert "the header of" in capsys.readouterr().err

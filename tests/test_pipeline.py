@@ -64,7 +64,7 @@ def test_stages_run_in_order_and_start_with_what_pretraining_left(trainer: Train
     assert pipeline() == 0
     root = tmp_path / "runs" / "p"
     assert [(run.task, run.run_dir) for run in trainer.runs] == [(task, root / task) for task in options.TASKS]
-    assert [run.init.path for run in trainer.runs] == [None, str(root / "pretrain"), str(root / "pretrain")]
+    assert [run.init.path for run in trainer.runs] == [None, str(root / "pretrain"), str(root / "finetune")]
     assert [run.init.load for run in trainer.runs] == ["weights", "ema", "ema"], "the recipes' choice"
 
 
@@ -192,7 +192,7 @@ def test_a_stage_may_have_a_name_of_its_own(trainer: Trainer, configs: Path, cap
     [
         ("stages: 3", "expected stages"),
         ("- 1", "expected stages"),
-        ("stages: {pretrain: {recpie: x}}", "unknown key 'recpie'"),
+        ("stages: {pretrain: {receipt: x}}", "unknown key 'receipt'"),
         ("stages: {finetune: {from: pretrain}, pretrain: {}}", "from 'pretrain' is no earlier stage"),
         ("stages: {train: {}}", "unknown task 'train'"),
         ("stages: [", "expected stages"),

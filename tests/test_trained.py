@@ -89,12 +89,13 @@ def test_official_weights_are_read_as_folder_and_as_file(run, tmp_path):
         trained = load_trained(path)
         assert offset(trained) == 0
         assert trained.data.mean == (0.1, 0.2, 0.3)
-        assert trained.origin == "weights as published"
+        assert trained.origin == "step 2, averaged weights"
 
 
 def test_averages_of_official_weights_are_preferred(run, tmp_path):
     export(run, tmp_path / "out", format="official")
     state = load_file(tmp_path / "out" / "model.safetensors")
+    save_file(state, tmp_path / "out" / "model.safetensors", {"format": "pt", "weights": "somebody's"})
     torch.save({name: tensor + 1 for name, tensor in state.items()}, tmp_path / "out" / "pytorch_model_ema.bin")
     averaged, other = load_trained(tmp_path / "out"), load_trained(tmp_path / "out", ema=False)
     assert (offset(averaged), averaged.origin) == (1, "averaged weights")

@@ -113,7 +113,7 @@ def test_exported_and_official_weights_are_sources(pretrained, tmp_path):
             task = task_of(FINETUNE)
             account = transfer(task, tmp_path / format, ema=ema)
             assert all(task.backbone.state_dict()[name].equal(tensor) for name, tensor in expected.items())
-            assert account.origin == ("step 20, averaged weights" if format == "native" else "weights as published")
+            assert account.origin == "step 20, averaged weights"
 
 
 def refusal(task, source, *, ema=True):

@@ -9,8 +9,9 @@ from PIL import Image
 
 from nepa_dist.checkpoint.store import CheckpointStore
 from nepa_dist.config import Config
+from nepa_dist.curves import plot_curves, plot_lines
 from nepa_dist.tasks.pretrain import PretrainTask
-from nepa_dist.visualize import main, plot_curves, plot_lines
+from nepa_dist.visualize import main
 
 VIOLET = (150, 0, 255)
 
@@ -120,9 +121,9 @@ def test_scores_have_curves_and_a_repeated_value_is_one_point(tmp_path):
     assert [path.name for path in plot_curves(run)] == [
         "loss.png",
         "grad_norm.png",
-        "knn.png",
-        "validation.png",
         "collapse.png",
+        "validation.png",
+        "knn.png",
     ]
     assert count(pixels(run / "figures" / "knn.png"), (0x1F, 0x6F, 0xB4)) > 100
 
@@ -130,7 +131,7 @@ def test_scores_have_curves_and_a_repeated_value_is_one_point(tmp_path):
 def test_a_measurement_is_drawn_at_its_own_step(tmp_path):
     late = [full_row(step) | {"knn_top1": 0.25, "knn_step": 20} for step in range(30, 90, 10)]
     once = [full_row(20) | {"knn_top1": 0.25, "knn_step": 20}]
-    pictures = [pixels(plot_curves(write_run(tmp_path / name / "run", rows))[2]) for name, rows in (("a", late), ("b", once))]
+    pictures = [pixels(plot_curves(write_run(tmp_path / name / "run", rows))[-1]) for name, rows in (("a", late), ("b", once))]
     assert pictures[0].tobytes() == pictures[1].tobytes()
 
 
@@ -139,9 +140,9 @@ def test_the_command_draws_curves_where_no_image_is_named(tmp_path, capsys):
     assert capsys.readouterr().out.count("wrote ") == 3
     assert (tmp_path / "run" / "figures" / "loss.png").exists()
     assert main([str(write_run(tmp_path / "empty", []))]) == 2
-    assert "has logged nothing that could be drawn" in capsys.readouterr().err
+    assert "there is nothing to draw" in capsys.readouterr().err
     assert main([str(tmp_path / "typo")]) == 2
-    assert "typo is not the folder of a run" in capsys.readouterr().err
+    assert "there is nothing to draw" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmdbd", "sbatch", "mariadbd", "
 PACKAGES = "munge slurmctld slurmd slurm-client slurmdbd mariadb-server-core mariadb-client-core"
 CORES, GPUS, MEMORY_MB = 4, 8, 8000
 
-# Times are short: a dead node is seen after 15 s, a requeued job may start again after 5 s, a job has 5 s between TERM and KILL.
+# Times are short: a dead node is seen after 15 s, a requeued job starts again after 5 s, TERM and KILL are 5 s apart.
 SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -70,8 +70,8 @@ AccountingStorageEnforce=associations
 GresTypes=gpu
 NodeName=node[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node_port}-{last_node_port}] CPUs={cores} \
 RealMemory={memory} Gres=gpu:h100:{gpus} State=UNKNOWN
-PartitionName=batch Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 MaxTime=2-00:00:00 DefaultTime=10 State=UP
-PartitionName=urgent Nodes=ALL Default=NO PriorityTier=10 PreemptMode=OFF MaxTime=60 DefaultTime=10 State=UP
+PartitionName=batch Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 MaxTime=2-00:00:00 DefaultTime=10
+PartitionName=urgent Nodes=ALL Default=NO PriorityTier=10 PreemptMode=OFF MaxTime=60 DefaultTime=10
 """
 GRES_CONF = """\
 AutoDetect=off
