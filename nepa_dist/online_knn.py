@@ -155,6 +155,7 @@ class OnlineKnn:
         self._worker.close()
         if self._thread is not None:
             self._thread.join(_CLOSE_SECONDS)
+        self._result = None
 
     def _measure(self, step: int, state: dict[str, Tensor]) -> None:
         start = time.perf_counter()
