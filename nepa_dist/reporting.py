@@ -50,12 +50,12 @@ class Reporter:
         self._first_started, self.lost_steps = first or self._started, 0
         self._endpoint = Endpoint(None, None, None)
         self._meter = Meter([])
+        self._rows: deque[tuple[int, dict[str, float], Future[dict[str, float]] | None]] = deque()
         self._storage: StorageWatch | None = None
         if world.is_main:
             self._open(config.run_dir)
         self._lost_steps = lost + self.lost_steps
         self._solver = ThreadPoolExecutor(1, thread_name_prefix="eigenvalues")
-        self._rows: deque[tuple[int, dict[str, float], Future[dict[str, float]] | None]] = deque()
         self._device = _DeviceFacts(config, world.device)
         self._saves: dict[str, float] = {}
         self._times = dict.fromkeys(PHASES, 0.0)
@@ -89,7 +89,8 @@ class Reporter:
         return self._endpoint.url
 
     def event(self, message: str) -> None:
-        """Tell people, on the terminal and in log.txt."""
+        """Tell people, on the terminal and in log.txt, after the steps that were logged before."""
+        self._write_rows(wait=True)
         self._meter.event(message)
 
     def mine(self, step: int) -> dict[str, float] | None:
@@ -195,8 +196,11 @@ class Reporter:
                 row |= solved.result()
                 if step == 1:
                     name = "embedding_effective_rank."
-                    ranks = {key.removeprefix(name): value for key, value in row.items() if key.startswith(name)}
-                    self._state.initial_ranks = ranks
+                    self._state.initial_ranks = {
+                        key.removeprefix(name): value
+                        for key, value in row.items()
+                        if key.startswith(name) and math.isfinite(value)
+                    }
             row |= {f"embedding_effective_rank_initial.{name}": x for name, x in self._state.initial_ranks.items()}
             self._meter.log(step, row)
 

@@ -33,6 +33,7 @@ _LOOP = (
         "watchdog",
     }
 )
+_MEASURES = {"metrics.collapse", "metrics.registry", "metrics.segmentation", "metrics.spread"}
 ARROWS: dict[str, set[str]] = {
     "jobs": _SETTINGS
     | {
@@ -76,7 +77,7 @@ ARROWS: dict[str, set[str]] = {
     "names": set(),
     "report": _SETTINGS | {"data.containers", "memory"},
     "memory": {"config", "heads.upernet_cost", "presets"},
-    "tasks": {"config", "data.mixup", "heads", "keyed", "metrics", "model", "presets"},
+    "tasks": {"config", "data.mixup", "heads", "keyed", "model", "presets"} | _MEASURES,
     "checkpoint": {"engines.base"},
     "engines": {"config", "metrics.registry", "optim", "plan"},
     "optim": {"config", "plan"},
@@ -87,7 +88,7 @@ ARROWS: dict[str, set[str]] = {
     "guard": {"state"},
     "model": {"config", "keyed", "presets"},
     "data": {"config", "presets"},
-    "metrics": {"config", "presets"},
+    "metrics": {"config", "presets", "run_folder"},
     "config_load": _SETTINGS,
     "plan": {"config", "presets"},
     "config": {"config_base", "config_cluster", "config_data", "config_model", "config_task", "presets"},
