@@ -364,7 +364,8 @@ DASHBOARDS = (
                     SCORES,
                     Panel("Validation loss", ("eval_loss",), when="fine-tuning"),
                     Panel("Time of a validation", ("eval_seconds",), when="fine-tuning and segmentation"),
-                    Panel("Auxiliary losses", ("aux_loss", "anti_collapse_loss"), when="segmentation, objective.anti_collapse"),
+                    Panel("Loss of the auxiliary head", ("aux_loss",), when="segmentation"),
+                    Panel("Regulariser", ("anti_collapse_loss",), when="objective.anti_collapse"),
                 ),
             ),
             (
