@@ -54,8 +54,8 @@ def write_report(path: Path, runs: Sequence[Path]) -> None:
     panels = [_panel(panel, curves) for panel in (*(p for _, row in OVERVIEW.rows for p in row), *MORE)]
     shown = [panel for panel in panels if panel["lines"]]
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
-    # In a script element nothing but "</" could end the data.
-    data = json.dumps({"runs": list(curves), "panels": shown}, allow_nan=False).replace("</", "<\\/")
+    # Without a "<" nothing in the data can end the script element, or change how it is read.
+    data = json.dumps({"runs": list(curves), "panels": shown}, allow_nan=False).replace("<", "\\u003c")
     write_text(path, template.replace("/*DATA*/null", data))
 
 
