@@ -42,6 +42,7 @@ begin() {
     note lost why "$(json "$(state_of_lost_attempt)")"
   fi
   rm -f "$job/outcome.json"
+  touch "$job/started"
   step_before=$(newest_checkpoint)
   note start nodes "$(json "$SLURM_JOB_NODELIST")" checkpoint "$(json "$step_before")"
   echo "--- $(date -u +%FT%TZ) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
@@ -57,6 +58,8 @@ why() {
     echo "${kind:-$silence}"
   elif [ "$kind" = stopped ] || [ "$kind" = mistake ] || [ "$kind" = "gave up" ]; then
     echo "$kind"
+  elif [ -n "$(find "$run/logs" -name 'hang-rank-*.txt' -size +0 -newer "$job/started" 2>/dev/null)" ]; then
+    echo "hung" # logs/hang-rank-*.txt shows where
   elif grep -qi 'oom.kill\|out of memory' <<<"$2"; then
     echo "out of memory"
   elif grep -qi 'node failure\|node_fail' <<<"$2"; then

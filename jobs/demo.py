@@ -1,7 +1,6 @@
-"""``make demo``: pretrain a small NEPA model, stop it, resume it, probe it, show the result. Minutes on a laptop's CPU.
+"""``make demo``: pretrain a small NEPA model, stop it, resume it, fine-tune and segment with and without it, show the result.
 
-Every step is a command that a user could type; each is printed before it runs. A run that is there already is continued, and
-a finished one is only evaluated again.
+Every step is a command that a user could type; each is printed before it runs. What is there already is not done again.
 """
 
 from __future__ import annotations
@@ -17,11 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # started as a file: the folder above holds both packages
 
+from jobs.runs import read_scores  # noqa: E402
 from nepa_dist.guard import EXIT_AGAIN  # noqa: E402
 from nepa_dist.metrics.sinks import read_curve  # noqa: E402
 
-RUN = Path("runs/demo")
-RECIPE = ["pretrain", "vit_tiny", "--cluster", "local", "--data", "digits", "--name", "demo", "--set", "model.depth=6"]
+RUNS = Path("runs/demo")
+PIPELINE = ["jobs/submit.py", "pipeline", "demo", "--cluster", "local", "--name", "demo"]
+PROBE = ["-m", "nepa_dist.evaluate", str(RUNS / "pretrain"), "--num-train", "2000", "--num-test", "1000", "--k", "20"]
 STOP_AT_STEP = 100
 
 
@@ -29,25 +30,41 @@ def main() -> int:
     """Run the demo in the project's folder; returns the exit code."""
     os.chdir(ROOT)
     started = time.monotonic()
-    pretrain = [sys.executable, "jobs/submit.py", *RECIPE]
-    code = _run(pretrain, "1. Pretrain on scenes of handwritten digits; stopped on the way, as a scheduler would.", stop=True)
+    title = "1. Pretrain on scenes of handwritten digits; stopped on the way, as a scheduler would."
+    code = _run(PIPELINE, title, stop=True)
     if code == EXIT_AGAIN:
-        code = _run(pretrain, "2. The same command again continues at the step where it stopped.")
-    if code != 0:
-        return code
-    title = "3. Probe the frozen features of every layer, against the same model untrained."
-    code = _run([sys.executable, "-m", "nepa_dist.evaluate", str(RUN), "--num-train", "2000", "--num-test", "1000"], title)
+        title = "2. The same command continues where it stopped, then fine-tunes and segments, with and without pretraining."
+        code = _run(PIPELINE, title)
+    steps = [
+        (PROBE, "3. Probe the frozen features of every layer, against the same model untrained."),
+        (["-m", "nepa_dist.visualize", str(RUNS / "pretrain"), "--samples", "0,1"], "4. What patches attend to and predict."),
+        (
+            ["-m", "nepa_dist.visualize", str(RUNS / "segment"), "--samples", "0,1,2"],
+            "5. Scenes, segmented.",
+        ),
+    ]
+    for command, title in steps:
+        code = code or _run(command, title)
     if code == 0:
-        pictures = "\n".join(f"  {path}" for path in sorted((RUN / "figures").glob("*.png")))
-        print(f"\nPictures:\n{pictures}\nRun folder: {RUN}    total {time.monotonic() - started:.0f} s")
+        pictures = "\n".join(f"  {path}" for path in sorted(RUNS.rglob("figures/*.png")))
+        print(f"\nPictures:\n{pictures}\n\n{_table()}\n")
+        print(f"Report: {RUNS}/report.md    total {time.monotonic() - started:.0f} s")
     return code
 
 
+def _table() -> str:
+    """What pretraining is worth: the same steps with and without it."""
+    lines = [f"{'':34}pretrained   from scratch"]
+    for task, score, name in (("finetune", "top1", "fine-tuning, top-1 in %"), ("segment", "miou", "segmentation, mIoU in %")):
+        found = [read_scores(RUNS / run).get(score, float("nan")) for run in (task, f"{task}-scratch")]
+        lines.append(f"{name:34}{100 * found[0]:10.1f}{100 * found[1]:15.1f}")
+    return "\n".join(lines)
+
+
 def _run(command: list[str], title: str, *, stop: bool = False) -> int:
-    shown = ["python", *command[1:]]
-    print(f"\n{title}\n$ {shlex.join(shown)}", flush=True)
+    print(f"\n{title}\n$ {shlex.join(['python', *command])}", flush=True)
     stop = stop and _last_step() < STOP_AT_STEP
-    process = subprocess.Popen(command)
+    process = subprocess.Popen([sys.executable, *command])
     try:
         while process.poll() is None:
             if stop and _last_step() >= STOP_AT_STEP:
@@ -62,7 +79,7 @@ def _run(command: list[str], title: str, *, stop: bool = False) -> int:
 
 
 def _last_step() -> int:
-    file = RUN / "metrics.jsonl"
+    file = RUNS / "pretrain" / "metrics.jsonl"
     rows = read_curve(file) if file.exists() else []
     return int(rows[-1]["step"]) if rows else 0
 

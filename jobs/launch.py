@@ -13,12 +13,12 @@ from pathlib import Path
 
 from jobs import cluster
 from jobs.options import with_value
-from jobs.runs import JOB, clear_outcome
+from jobs.runs import JOB, clear_outcome, read_json
 from jobs.slurm import SubmitError, batch_script, job_of, rank_environment_text, submit
 from jobs.snapshot import CODE, Snapshot, write_snapshot
 from nepa_dist.config import Config
 from nepa_dist.guard import EXIT_AGAIN
-from nepa_dist.run_folder import write_text
+from nepa_dist.run_folder import SNAPSHOT, write_text
 
 
 class LaunchError(RuntimeError):
@@ -44,6 +44,7 @@ def launch_local(config: Config, changes: Sequence[str] = ()) -> int:
         make_private(run_dir)
         with locked(run_dir):
             print("\n".join([f"{'resuming' if path.exists() else 'starting'} {run_dir}", *changes]), flush=True)
+            config = with_value(config, "cluster.snapshot", None)
             write_text(path, config.to_yaml())
             clear_outcome(run_dir)
             code = cluster.run_local(run_dir, config.cluster.world_size)
@@ -73,8 +74,7 @@ def launch_slurm(config: Config, snapshot: Snapshot, *, folder: Path | None = No
         make_private(run_dir)
         with locked(run_dir):
             code = write_snapshot(snapshot, folder)
-            config = with_value(config, "cluster.snapshot", snapshot.digest)
-            write_text(run_dir / "config.yaml", config.to_yaml())
+            prepare_run(config, snapshot)
             number = submit(job_of(config, code, folder, after))
             note_job(run_dir, number, code)
     except BlockingIOError:
@@ -84,6 +84,37 @@ def launch_slurm(config: Config, snapshot: Snapshot, *, folder: Path | None = No
     except OSError as error:
         raise LaunchError(f"cannot start in {run_dir}: {error}") from None
     return number
+
+
+def prepare_run(config: Config, snapshot: Snapshot) -> None:
+    """Write the configuration that a job will read; it names the code.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    make_private(config.run_dir)
+    write_text(config.run_dir / "config.yaml", with_value(config, "cluster.snapshot", snapshot.digest).to_yaml())
+
+
+def resubmit(config: Config) -> tuple[str, Path]:
+    """Submit a run that was a job again, with the code that it had; returns the job's number and the code.
+
+    Raises:
+        LaunchError: the code is gone, the folder cannot be written, or SLURM refuses the job.
+    """
+    run_dir = config.run_dir
+    code = Path(str(read_json(run_dir / JOB / "job.json").get("code", "")))
+    if not (code / SNAPSHOT).exists():
+        raise LaunchError(f"{run_dir} has no code of its own any more: give the command again that submitted it")
+    try:
+        with locked(run_dir):
+            number = submit(job_of(config, code, code.parents[1]))
+            note_job(run_dir, number, code)
+    except BlockingIOError:
+        raise LaunchError(f"another launcher is at work in {run_dir}; try again") from None
+    except (SubmitError, OSError) as error:
+        raise LaunchError(f"cannot start in {run_dir}: {error}") from None
+    return number, code
 
 
 def describe_job(config: Config, snapshot: Snapshot) -> list[str]:
@@ -97,10 +128,10 @@ def describe_job(config: Config, snapshot: Snapshot) -> list[str]:
     return [batch_script(job) + "\n\n" + rank_environment_text(job)]
 
 
-def note_job(run_dir: Path, number: str, code: Path) -> None:
+def note_job(run_dir: Path, number: str, code: Path, record: str = JOB) -> None:
     """Write down which job a run has."""
     facts = {"id": number, "code": str(code), "submitted": datetime.now(UTC).isoformat(timespec="seconds")}
-    write_text(run_dir / JOB / "job.json", json.dumps(facts, indent=1) + "\n")
+    write_text(run_dir / record / "job.json", json.dumps(facts, indent=1) + "\n")
 
 
 def make_private(folder: Path) -> None:

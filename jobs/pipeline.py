@@ -1,4 +1,4 @@
-"""Several stages in a row: ``pipeline vit_b`` pretrains, then fine-tunes and segments from what pretraining left.
+"""Several stages in a row: ``pipeline vit_b`` pretrains, fine-tunes from that, and segments from that.
 
 All stages are checked before the first one starts. Their runs lie in one folder, ``runs/NAME/<stage>``, beside ``report.md``.
 What is finished is not done again: the same command goes on with the first stage that is not.
@@ -19,17 +19,22 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from jobs.chain import describe_chain, submit_chain
 from jobs.checks import Checked, check_stage
-from jobs.launch import LaunchError, launch_local
+from jobs.findings import table
+from jobs.launch import LaunchError, describe_job, launch_local
 from jobs.options import CONFIGS, TASKS, absolute, add_stage_options, add_ways, collect_layers, recipe_names, stage_parser
 from jobs.pipeline_report import write_report
+from jobs.probe import is_probed, probe_here
 from jobs.runs import is_finished
+from jobs.slurm import SubmitError
+from jobs.snapshot import read_code
 from nepa_dist.config import Config, nearest
 
 FOLDER = "pipeline"
@@ -80,6 +85,7 @@ def pipeline_parser() -> argparse.ArgumentParser:
     known = ", ".join(dict.fromkeys([*recipe_names(FOLDER), *_common_recipes()]))
     parser.add_argument("pipeline", help=f"a file of configs/pipeline, or a recipe that each task has: {known}")
     parser.add_argument("--stages", metavar="A,B", help="only these, in this order")
+    parser.add_argument("--probe", action="store_true", help="measure what the pretrained features are worth, too")
     parser.add_argument("--name", help="folder of the pipeline in runs/; default: pipeline-<pipeline>[-<data>]")
     add_ways(parser)
     for action in _stage_options():
@@ -96,12 +102,43 @@ def main(argv: Sequence[str]) -> tuple[int, list[str]]:
         return 2, problems
     root = Path(absolute("runs")) / (args.name or _default_name(args))
     stages, problems = build_stages(parts, args, root)
+    if args.check:
+        return show(stages, problems)
     if problems:
         return 2, problems
     if args.dry_run:
         print("\n".join(_describe(stages)))
         return 0, []
-    return run_here(root, stages)
+    configs = [stage.config for stage in stages]
+    launchers = {config.cluster.launcher for config in configs}
+    if len(launchers) > 1:
+        return 2, ["some stages are to run here and some on SLURM: give one --cluster for all"]
+    if launchers == {"slurm"}:
+        code = read_code(args.include)
+        lines = describe_chain(root, configs, code)
+        if not args.print:
+            lines = submit_chain(root, [(stage.config, stage.checked.steps) for stage in stages], code, probe=args.probe)
+        return _print_lines(lines)
+    if args.print:
+        return _print_lines(line for config in configs for line in describe_job(config, read_code(args.include)))
+    return run_here(root, stages, probe=args.probe)
+
+
+def _print_lines(lines: Iterable[str]) -> tuple[int, list[str]]:
+    try:
+        for line in lines:
+            print(line, flush=True)
+    except (LaunchError, SubmitError, OSError) as error:
+        return 2, [f"{error} (what is listed above was submitted)"]
+    return 0, []
+
+
+def show(stages: Sequence[Stage], problems: Sequence[str]) -> tuple[int, list[str]]:
+    """Print what every check says of every stage; returns the exit code, and no problems."""
+    for stage in stages:
+        print("\n".join([f"{stage.part.name}:", *(f"  {line}" for line in table(stage.checked.findings))]))
+    print(f"{len(problems) or 'no'} problems, nothing was started")
+    return 2 if problems else 0, []
 
 
 def read_parts(args: argparse.Namespace) -> tuple[list[Part], list[str]]:
@@ -111,7 +148,9 @@ def read_parts(args: argparse.Namespace) -> tuple[list[Part], list[str]]:
     if name in recipe_names(FOLDER):
         parts, problems = _read_file(CONFIGS / FOLDER / f"{name}.yaml", name)
     else:
-        parts = [Part(task, task, name, None if task == _FIRST else _FIRST, []) for task in TASKS if name in recipe_names(task)]
+        tasks = [task for task in TASKS if name in recipe_names(task)]
+        before = [None, *tasks]
+        parts = [Part(task, task, name, start, []) for task, start in zip(tasks, before, strict=False)]
         if not parts:
             known = [*recipe_names(FOLDER), *_common_recipes()]
             problems.append(f"unknown pipeline {name!r}{nearest(name, known)} (known: {', '.join(known)})")
@@ -147,20 +186,22 @@ def build_stages(parts: Sequence[Part], args: argparse.Namespace, root: Path) ->
     return stages, [f"{', '.join(names)}: {problem}" for problem, names in found.items()]
 
 
-def run_here(root: Path, stages: Sequence[Stage]) -> tuple[int, list[str]]:
+def run_here(root: Path, stages: Sequence[Stage], *, probe: bool = False) -> tuple[int, list[str]]:
     """Run all stages that are not finished, one after the other; returns the exit code of the last, and problems."""
     problems: list[str] = []
     code = 0
     for number, stage in enumerate(stages, 1):
-        title = f"stage {number} of {len(stages)}, {stage.part.name}"
+        title, run_dir = f"stage {number} of {len(stages)}, {stage.part.name}", stage.config.run_dir
         if stage.is_finished:
-            print(f"{title}: finished before, {stage.config.run_dir}", flush=True)
-            continue
-        print(f"{title}:", flush=True)
-        try:
-            code = launch_local(stage.config, stage.checked.changes)
-        except LaunchError as error:
-            code, problems = 2, [f"{stage.part.name}: {error}"]
+            print(f"{title}: finished before, {run_dir}", flush=True)
+        else:
+            print(f"{title}:", flush=True)
+            try:
+                code = launch_local(stage.config, stage.checked.changes)
+            except LaunchError as error:
+                code, problems = 2, [f"{stage.part.name}: {error}"]
+        if not code and probe and stage.part.task == _FIRST and not is_probed(run_dir):
+            code = probe_here(run_dir)
         if code:
             print(f"{title}: ended with exit code {code}; the same command goes on here", file=sys.stderr, flush=True)
             break

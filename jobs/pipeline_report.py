@@ -1,11 +1,15 @@
-"""report.md of a pipeline: a table of its stages, and their curves and pictures as links. Imports no torch."""
+"""report.md of a pipeline: a table of its stages, and their curves and pictures as links. Imports no torch.
+
+``python -m jobs.pipeline_report FOLDER`` writes it again.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jobs.runs import newest_checkpoint, read_outcome, read_progress, read_scores
+from jobs.runs import newest_checkpoint, read_json, read_outcome, read_progress, read_scores
 from nepa_dist.run_folder import write_text
 
 _PICTURES = ("figures", "best")
@@ -62,3 +66,22 @@ def _section(root: Path, run_dir: Path) -> Iterator[str]:
     pictures = [path for folder in _PICTURES for path in sorted((run_dir / folder).rglob("*.png"))]
     for path in pictures:
         yield from ("", f"![{path.stem}]({path.relative_to(root).as_posix()})")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    folders = [Path(word).absolute() for word in (sys.argv[1:] if argv is None else argv)]
+    for root in folders:
+        runs = [path.parent for path in root.glob("*/config.yaml")]
+        # In the order in which they began, so that the first stage is the first.
+        print(f"wrote {write_report(root, sorted(runs, key=_began))}")
+    return 0 if folders else 2
+
+
+def _began(run_dir: Path) -> tuple[float, str]:
+    starts = read_json(run_dir / "run.json").get("starts") or []
+    return (0.0, str(starts[0].get("started"))) if starts else (1.0, run_dir.name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

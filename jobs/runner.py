@@ -2,7 +2,7 @@
 
 Started by the launcher of this machine, by torchrun (``torchrun --nproc-per-node 8 -m jobs.runner RUN_DIR``) or by srun.
 
-The exit code is that of the training (0 finished, 75 stopped after saving; under srun 0 for both), 2 for a mistake in the
+The exit code is that of the training (0 finished, 75 stopped after saving; in our jobs 0 for both), 2 for a mistake in the
 configuration or the data, 1 for everything else. RUN_DIR/job/outcome.json says which it was. Nothing slow is imported before
 the process is tied to its launcher.
 """
@@ -19,7 +19,8 @@ from types import FrameType
 from typing import NoReturn
 
 from jobs.cluster import LAUNCHER_PID, USER_ERROR, environment_from_srun
-from jobs.runs import KINDS, write_outcome
+from jobs.payload import check_code, read_secrets, refuse_foreign
+from jobs.runs import BATCH, KINDS, write_outcome
 from nepa_dist.guard import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, STOP_SIGNALS
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -68,16 +69,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from nepa_dist.config_load import load_config
 
+        if under_srun:
+            refuse_foreign(run_dir)
         # The folder may have been moved since its configuration was written.
         place = {"run_root": str(run_dir.absolute().parent), "name": run_dir.absolute().name}
         config = load_config([run_dir / "config.yaml"]).model_copy(update=place)
+        if under_srun:
+            check_code(config, int(os.environ["RANK"]))
+            os.environ.update(read_secrets(config.cluster))
         from nepa_dist.train import main as train
 
         code = train(config)
         if os.environ.get("RANK", "0") == "0":
             _note(run_dir, KINDS.get(code, "crashed"))
         # All ranks have stopped together. To srun that must look like a good end: it would kill those that are still closing.
-        return EXIT_DONE if code == EXIT_AGAIN and under_srun else code
+        return EXIT_DONE if code == EXIT_AGAIN and BATCH in os.environ else code
     except Exception as error:
         if is_user_error(error):
             print(error, file=sys.stderr, flush=True)
@@ -90,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def is_user_error(error: BaseException) -> bool:
     """Whether the message of an error is written to be printed alone: the project's own subclasses of ValueError."""
-    return isinstance(error, ValueError) and type(error).__module__.partition(".")[0] == "nepa_dist"
+    return isinstance(error, ValueError) and type(error).__module__.partition(".")[0] in ("nepa_dist", "jobs")
 
 
 def _note(run_dir: Path, kind: str, detail: str = "") -> None:

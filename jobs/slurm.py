@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.runs import JOB
+from jobs.runs import BATCH, JOB
 from nepa_dist.config import ClusterConfig, Config
 from nepa_dist.run_folder import write_text
 
@@ -195,6 +195,7 @@ def _environment(job: Job) -> dict[str, str]:
     values = {
         "PYTHONPATH": str(job.code),
         "PYTHONUNBUFFERED": "1",
+        BATCH: "1",
         "OMP_NUM_THREADS": str(where.cpus_per_gpu or 1),
         "OMP_WAIT_POLICY": "PASSIVE",
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 if not __package__:  # started as a file: the folder above holds both packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from jobs import pipeline
+from jobs import control, pipeline, probe, status, sweep
 from jobs.checks import Checked, check_stage
 from jobs.cluster import USER_ERROR
 from jobs.findings import Finding, table
@@ -35,14 +35,20 @@ examples:
   python jobs/submit.py pretrain vit_s --data digits --config configs/ablate/no_shift.yaml --name no-shift
   python jobs/submit.py pretrain vit_s --data digits --set optim.base_lr=1e-3 --set steps=500
   python jobs/submit.py pipeline vit_tiny --data digits                  pretrain, then fine-tune and segment from it
+  python jobs/submit.py sweep ablate_digits                              variants side by side, one table at the end
 
 other commands:
+  python jobs/submit.py probe RUN                                        what the features of a pretraining run are worth
   python jobs/submit.py prepare SOURCE OUT [--array 16]                  pack a data set into shards, here or as SLURM jobs
+  python jobs/submit.py watch RUN                                        its curves, in the terminal
   python jobs/submit.py doctor --data DATA                               can this node feed its GPUs with this data?
+  python jobs/submit.py status [RUN ...]                                 where each run stands, and why
+  python jobs/submit.py logs RUN [-f] [--rank R]                         what it says
+  python jobs/submit.py stop RUN | cancel RUN | resume RUN               save and end | end at once | go on
 
 The same command again resumes the run. Exit codes: 0 finished, 75 stopped after saving, 2 a mistake to correct, others failed.
 """
-COMMANDS = (*TASKS, "pipeline", "prepare", "doctor")
+COMMANDS = (*TASKS, "pipeline", "sweep", "probe", "prepare", "status", "logs", "cancel", "stop", "resume", "watch", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +71,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "pipeline":
         code, problems = pipeline.main(rest)
         return refuse(problems) if problems else code
+    if command == "sweep":
+        code, problems = sweep.main(rest)
+        return refuse(problems) if problems else code
+    if command == "probe":
+        code, problems = probe.main(rest)
+        return refuse(problems) if problems else code
+    if command in ("logs", "cancel", "stop", "resume"):
+        code, problems = control.main(command, rest)
+        return refuse(problems, "done") if problems else code
+    if command == "status":
+        return status.main(rest)
+    if command == "watch":
+        from jobs import watch
+
+        return watch.main(rest)
     if command == "doctor":
         from jobs import doctor
 
@@ -129,10 +150,10 @@ def show_checks(problems: Sequence[str], findings: Sequence[Finding]) -> int:
     return USER_ERROR if wrong else 0
 
 
-def refuse(problems: Sequence[str]) -> int:
+def refuse(problems: Sequence[str], what: str = "started") -> int:
     """Print a list of problems; returns the exit code for it."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    print("\n".join([f"{count}, nothing was started:", *(f"  - {problem}" for problem in problems)]), file=sys.stderr)
+    print("\n".join([f"{count}, nothing was {what}:", *(f"  - {problem}" for problem in problems)]), file=sys.stderr)
     return USER_ERROR
 
 

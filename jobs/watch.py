@@ -31,7 +31,9 @@ def main(argv: Sequence[str]) -> int:
     """Parse, then draw; returns the exit code, 2 for a mistake to correct."""
     parser = argparse.ArgumentParser(prog="python jobs/submit.py watch", description="The curves of a run, in the terminal.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("--key", action="append", metavar="KEY", help="a metric to show, again for more (default: the main ones)")
+    parser.add_argument(
+        "--key", action="append", metavar="KEY", help="a metric to show, again for more (default: the main ones)"
+    )
     parser.add_argument("--once", action="store_true", help="draw once and end")
     args = parser.parse_args(argv)
     file = args.run / "metrics.jsonl"

@@ -365,6 +365,7 @@ DASHBOARDS = (
                     Panel("Validation loss", ("eval_loss",), when="fine-tuning"),
                     Panel("Time of a validation", ("eval_seconds",), when="fine-tuning and segmentation"),
                     Panel("Loss of the auxiliary head", ("aux_loss",), when="segmentation"),
+                    Panel("k-NN accuracy", ("knn_top1",), when="metrics.knn_every"),
                     Panel("Regulariser", ("anti_collapse_loss",), when="objective.anti_collapse"),
                 ),
             ),

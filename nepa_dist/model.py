@@ -276,13 +276,14 @@ class VisionTransformer(nn.Module):
         return torch.cat([self.pos_embed[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
 
 
-def init_weights(module: nn.Module, seed: int, *, std: float) -> None:
+def init_weights(module: nn.Module, seed: int, *, std: float | None) -> None:
     """Initialise in place: weights and tokens normal(0, std) truncated at +-2, biases 0, norms 1, LayerScale its value.
 
     Args:
         module: any module built from the parts of this file and torch's Linear, convolutions, LayerNorm and GroupNorm.
         seed: the stream of a parameter is keyed by (seed, its name in this module).
-        std: of the truncated normal; the cut is absolute (released code), so for 0.02 it is plain normal.
+        std: of the truncated normal; the cut is absolute (released code), so for 0.02 it is plain normal. None: for each
+            weight sqrt(2 / n), where n is how many inputs an output is the sum of (He et al., arXiv 1502.01852).
     """
     for path, part in module.named_modules():
         for name, parameter in part.named_parameters(recurse=False):
@@ -296,4 +297,12 @@ def init_weights(module: nn.Module, seed: int, *, std: float) -> None:
                     parameter.zero_()
                 elif not parameter.is_meta:
                     generator = torch.Generator(parameter.device).manual_seed(keyed_seed(seed, full))
-                    nn.init.trunc_normal_(parameter, std=std, generator=generator)
+                    scale = math.sqrt(2 / _num_inputs(part, parameter)) if std is None else std
+                    nn.init.trunc_normal_(parameter, std=scale, generator=generator)
+
+
+def _num_inputs(part: nn.Module, weight: Tensor) -> float:
+    """Inputs of one output of a linear layer or convolution; a transposed one spreads an input over stride^2 outputs."""
+    if isinstance(part, nn.ConvTranspose2d):
+        return weight.shape[0] * weight[0, 0].numel() / math.prod(part.stride)
+    return weight[0].numel()

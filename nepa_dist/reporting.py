@@ -115,11 +115,11 @@ class Reporter:
         self._saves["checkpoint_stall_seconds"] = seconds
         self._pass("checkpoint_stall", seconds)
 
-    def validated(self, step: int, values: Mapping[str, float], seconds: float) -> None:
-        """Log the scores of a validation, and keep the time it took out of the speed of the next interval."""
+    def scored(self, step: int, values: Mapping[str, float], stall_seconds: float = 0.0) -> None:
+        """Log scores, and keep the time that the loop stood still for them out of the speed of the next interval."""
         self._write_rows(wait=True)
         self._meter.log(step, values)
-        self._pass("evaluation", seconds)
+        self._pass("evaluation", stall_seconds)
 
     def _pass(self, phase: str, seconds: float) -> None:
         self._times[phase] += seconds

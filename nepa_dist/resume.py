@@ -15,6 +15,7 @@ from nepa_dist.checkpoint.portable import CheckpointError, PartialState, StateRe
 from nepa_dist.checkpoint.store import CheckpointStore
 from nepa_dist.config import Config, ConfigError, changed_keys, may_differ
 from nepa_dist.data.augment import AUGMENT_VERSION
+from nepa_dist.engines.base import NamedStateSource, StateMismatchError
 from nepa_dist.run import Run
 from nepa_dist.run_folder import count_starts
 from nepa_dist.state import TrainState
@@ -56,7 +57,7 @@ def _continue(run: Run, path: Path) -> list[str]:
     # Rank 0 has just read every byte to verify it; the others need not.
     manifest, reader = run.store.open(path, check_digests=False)
     _refuse_other_settings(run, path, manifest.meta)
-    run.engine.load_named_state(reader, keep_average=run.config.init.load == "weights+ema")
+    _load(run, path, reader, keep_average=run.config.init.load == "weights+ema")
     run.state = replace(TrainState.from_dict(manifest.meta["state"]), restarts=run.state.restarts)
     return [f"continuing from {path}, step {run.state.step}"]
 
@@ -73,23 +74,31 @@ def _start_from(run: Run, source: Path) -> list[str]:
     manifest, reader = run.store.open(path, check_digests=False)
     if what == "everything":
         _refuse_other_settings(run, path, manifest.meta)
-        run.engine.load_named_state(reader)
+        _load(run, path, reader)
         run.state = replace(TrainState.from_dict(manifest.meta["state"]), restarts=run.state.restarts)
         if run.state.step >= run.plan.steps:
             raise ConfigError([f"init.path: {path} is at the last step, {run.state.step}; give more steps, with --allow steps"])
     else:
         _refuse_other_model(run, path, manifest.meta)
-        state = _partial(reader, what, keep_ema=run.config.optim.ema_decay is not None)
-        run.engine.load_named_state(state, keep_average=what == "weights+ema")
-    return [*notes, f"starting with the {what} of {path}, step {manifest.step}"]
+        _load(run, path, _partial(run, reader, what), keep_average=what == "weights+ema")
+    return [*notes, f"starting with {what if what == 'everything' else f'the {what}'} of {path}, step {manifest.step}"]
 
 
-def _partial(reader: StateReader, what: Literal["weights", "ema", "weights+ema"], *, keep_ema: bool) -> PartialState:
+def _partial(run: Run, reader: StateReader, what: Literal["weights", "ema", "weights+ema"]) -> PartialState:
+    mode: Literal["weights", "weights+ema"] = "weights+ema" if what == "weights+ema" else "weights"
+    frozen = {name for name, parameter in run.task.named_parameters() if not parameter.requires_grad}
+    keep_ema = run.config.optim.ema_decay is not None
     try:
-        mode: Literal["weights", "weights+ema"] = "weights+ema" if what == "weights+ema" else "weights"
-        return PartialState(reader, mode=mode, use_ema=what == "ema", keep_ema=keep_ema)
+        return PartialState(reader, mode=mode, use_ema=what == "ema", keep_ema=keep_ema, frozen=frozen)
     except CheckpointError as error:
         raise ConfigError([f"init.load {what}: {error}"]) from None
+
+
+def _load(run: Run, path: Path, state: NamedStateSource, *, keep_average: bool = False) -> None:
+    try:
+        run.engine.load_named_state(state, keep_average=keep_average)
+    except StateMismatchError as error:
+        raise ConfigError([f"{path}: {error}"]) from None
 
 
 def _find(source: Path, notes: list[str]) -> Path:

@@ -16,8 +16,10 @@ import torch
 from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.config import Config, ConfigError
 from nepa_dist.config_load import load_config
+from nepa_dist.data.classes import class_names
 from nepa_dist.data.containers import open_split
 from nepa_dist.data.loader import EvalLoader
+from nepa_dist.data.order import spread
 from nepa_dist.data.transforms import eval_transform
 from nepa_dist.data.whole import WholeImages
 from nepa_dist.run_folder import write_text
@@ -25,7 +27,7 @@ from nepa_dist.tasks.base import Scores, Task
 from nepa_dist.tasks.finetune import FinetuneTask
 from nepa_dist.tasks.segment import SegmentTask
 from nepa_dist.trained import load_trained
-from nepa_dist.validation import measure, spread
+from nepa_dist.validation import measure
 
 
 def score(task: Task, config: Config, device: torch.device) -> Scores:
@@ -58,7 +60,7 @@ def score(task: Task, config: Config, device: torch.device) -> Scores:
     sums, bad = measure(task.to(device), batches, config, device)
     for name, reason in bad:
         print(f"left out: {name}: {reason}", file=sys.stderr)
-    return task.score(sums, container.class_names)
+    return task.score(sums, class_names(config, container))
 
 
 def main(argv: list[str] | None = None) -> int:

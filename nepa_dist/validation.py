@@ -20,9 +20,11 @@ from torch import Tensor
 
 from nepa_dist.config import Config
 from nepa_dist.data.batch import Batch
+from nepa_dist.data.classes import class_names
 from nepa_dist.data.containers import open_split
 from nepa_dist.data.device import to_device
 from nepa_dist.data.loader import EvalLoader
+from nepa_dist.data.order import spread
 from nepa_dist.data.transforms import eval_transform
 from nepa_dist.data.whole import WholeImages
 from nepa_dist.engines.base import Engine
@@ -109,7 +111,7 @@ class Validator:
                 return False
             for name, reason in sorted({pair for _, _, found in parts for pair in found}):
                 reporter.event(f"left out of the validation: {name}: {reason}")
-            scores = task.score(add_up([part for _, part, _ in parts]), self._container.class_names)
+            scores = task.score(add_up([part for _, part, _ in parts]), class_names(run.config, self._container))
             state.evaluated_step, score = state.step, scores.values[scores.main]
             better = state.best_score is None or score > state.best_score
             if better and run.world.gather(run.world.is_main and self._keep(task, scores, reporter))[0]:
@@ -120,7 +122,7 @@ class Validator:
         values = scores.values | {"eval_seconds": seconds}
         if state.best_score is not None:
             values["best_score"] = state.best_score
-        reporter.validated(state.step, values, seconds)
+        reporter.scored(state.step, values, seconds)
         return True
 
     def close(self) -> None:
@@ -203,13 +205,6 @@ def replica(config: Config, engine: Engine, world: World) -> Task:
         for name, state in engine.named_state():
             own[name].copy_(state["ema"] if "ema" in state else state["weight"])
     return task.eval()
-
-
-def spread(total: int, limit: int | None) -> Sequence[int]:
-    """At most ``limit`` of ``total`` indices, spread evenly (classes may be in order)."""
-    if limit is None or limit >= total:
-        return range(total)
-    return [i * total // limit for i in range(limit)]
 
 
 def add_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

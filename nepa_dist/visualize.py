@@ -1,181 +1,31 @@
-"""Pictures of a run: its curves, and what its model sees.
+"""Pictures of what a model sees: ``python -m nepa_dist.visualize RUN|WEIGHTS IMAGE...``
 
-Curves of loss, gradient norm and collapse are drawn from ``metrics.jsonl``. ``python -m nepa_dist.visualize RUN IMAGE...``
-draws for each image the paper's figure 5: the query patch, its attention and the similarity to its prediction, as
-:mod:`nepa_dist.maps` computes them.
+For each image the paper's figure 5: the query patch, its attention and the similarity to its prediction, as computed by
+:mod:`nepa_dist.maps`. Of a segmentation model the classes over the image, beside the true ones where they are known.
 
-matplotlib and torch are loaded when the first picture is drawn, so that the trainer's curves need no torch.
+matplotlib and torch are loaded when the first picture is drawn.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nepa_dist.metrics.sinks import read_curve
-from nepa_dist.pictures import MapRow, draw_maps, save_figure
+from nepa_dist.pictures import MapRow, draw_maps, draw_segmentation
 
 if TYPE_CHECKING:
     import numpy as np
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
+    from nepa_dist.config import Config, DataConfig
+    from nepa_dist.gallery import Shown
     from nepa_dist.maps import Query
+    from nepa_dist.tasks.segment import SegmentTask
     from nepa_dist.trained import Trained
-
-Series = Mapping[str, tuple[list[float], list[float]]]
-"""Lines by their name in the legend: x values, y values."""
-
-_COLORS = ("#1f6fb4", "#d9711c", "#2c8c4a", "#a03aa0", "#7a6a52", "#4d4d4d")
-_SMOOTH_MIN_POINTS = 20  # fewer points are shown as they are
-
-
-def plot_curves(run_dir: str | Path) -> list[Path]:
-    """Draw the curves of a run into ``<run_dir>/figures``.
-
-    ``loss.png``, ``grad_norm.png`` (logarithmic) and ``collapse.png`` (mean cosine and effective rank of targets and
-    predictions); each only if the run has values for it. Loss and gradient norm show a moving average with the raw values
-    behind it, and mark where steps were skipped.
-
-    Args:
-        run_dir: folder of a run, with ``metrics.jsonl``.
-
-    Returns:
-        The files made; none if nothing has been logged yet.
-
-    Raises:
-        FileNotFoundError: ``run_dir`` is not a folder.
-        ValueError: ``metrics.jsonl`` is damaged; the message names the line.
-    """
-    run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise FileNotFoundError(f"{run_dir} is not the folder of a run")
-    file = run_dir / "metrics.jsonl"
-    rows = read_curve(file) if file.exists() else []
-    figures, title = run_dir / "figures", run_dir.resolve().name
-    skipped = _skipped_steps(rows)
-    paths = []
-    for key, label, log_y in (("loss", "loss", False), ("grad_norm", "gradient norm before clipping", True)):
-        series = {key: _points(rows, key, positive=log_y)}
-        if series[key][0]:
-            path = figures / f"{key}.png"
-            plot_lines(path, series, xlabel="step", ylabel=label, title=title, log_y=log_y, smooth=True, marks=skipped)
-            paths.append(path)
-    panels: dict[str, Series] = {}
-    for ylabel, family in (("mean pairwise cosine", "embedding_mean_cosine"), ("effective rank", "embedding_effective_rank")):
-        lines = {name: _points(rows, f"{family}.{key}") for name, key in (("targets", "target"), ("predictions", "pred"))}
-        if lines := {name: points for name, points in lines.items() if points[0]}:
-            panels[ylabel] = lines
-    if panels:
-        paths.append(_plot_panels(figures / "collapse.png", panels, title))
-    return paths
-
-
-def plot_lines(
-    path: str | Path,
-    series: Series,
-    *,
-    xlabel: str,
-    ylabel: str,
-    title: str,
-    log_y: bool = False,
-    smooth: bool = False,
-    marks: Sequence[float] = (),
-) -> None:
-    """Draw lines into one PNG file.
-
-    Args:
-        path: the file; its folder is made if missing.
-        series: the lines; a legend is shown if there are two or more.
-        xlabel: what x is, with unit.
-        ylabel: what y is, with unit.
-        title: above the picture.
-        log_y: logarithmic y axis; all values must be positive.
-        smooth: draw a moving average, with the raw line pale behind it.
-        marks: x values of skipped steps, marked at the lower edge.
-    """
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        _draw(axes, series, ylabel, smooth=smooth)
-        if log_y:
-            axes.set_yscale("log")
-        if marks:
-            label = f"skipped steps ({len(marks)})"
-            edge = axes.get_xaxis_transform()
-            axes.plot(marks, [0.015] * len(marks), "|", color="#c01818", ms=9, mew=1.5, transform=edge, label=label)
-        if len(series) > 1 or marks:
-            axes.legend(frameon=False)
-        axes.set_xlabel(xlabel)
-
-    save_figure(Path(path), title, (7.2, 4.0), draw)
-
-
-def _plot_panels(path: Path, panels: Mapping[str, Series], title: str) -> Path:
-    """One panel below the other with a common step axis; keys of ``panels`` are the y labels."""
-
-    def draw(figure: Figure) -> None:
-        grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
-        for axes, (ylabel, series) in zip(grid[:, 0], panels.items(), strict=True):
-            _draw(axes, series, ylabel)
-            axes.legend(frameon=False)
-        grid[-1, 0].set_xlabel("step")
-
-    save_figure(path, title, (7.2, 3.1 * len(panels)), draw)
-    return path
-
-
-def _draw(axes: Axes, series: Series, ylabel: str, *, smooth: bool = False) -> None:
-    for index, (name, (x, y)) in enumerate(series.items()):
-        color = _COLORS[index % len(_COLORS)]
-        marker = "o" if len(x) < _SMOOTH_MIN_POINTS else ""
-        if smooth and len(x) >= _SMOOTH_MIN_POINTS:
-            axes.plot(x, y, color=color, alpha=0.25, lw=0.9)
-            y = _moving_average(y)
-        axes.plot(x, y, color=color, lw=1.6, marker=marker, ms=3.5, label=name)
-    axes.set_ylabel(ylabel)
-    axes.grid(True, color="#e4e4e4", lw=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _points(rows: Sequence[Mapping[str, float]], key: str, *, positive: bool = False) -> tuple[list[float], list[float]]:
-    """Steps and values of one key; NaN where a value cannot be drawn, so that the line breaks; empty if none can."""
-    points = [(row["step"], row[key]) for row in rows if key in row]
-    values = [y if math.isfinite(y) and (y > 0 or not positive) else math.nan for _, y in points]
-    if all(math.isnan(y) for y in values):
-        return [], []
-    return [x for x, _ in points], values
-
-
-def _skipped_steps(rows: Sequence[Mapping[str, float]]) -> list[float]:
-    """Logged steps that were skipped, or before which the count of skipped steps went up."""
-    skipped, count = [], 0.0
-    for row in rows:
-        total = row.get("skipped_steps_total", count)
-        if row.get("applied") == 0 or total > count:
-            skipped.append(row["step"])
-        count = total
-    return skipped
-
-
-def _moving_average(values: Sequence[float]) -> list[float]:
-    """Mean over about 1 % of the points on either side, so that it does not lag behind; NaN stays NaN and counts nowhere."""
-    import numpy as np
-
-    y = np.asarray(values)
-    valid = ~np.isnan(y)
-    total, count = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(valid, y, 0.0), valid))
-    index, half = np.arange(len(y)), max(2, len(y) // 100)
-    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(y))
-    mean = (total[high] - total[low]) / np.maximum(count[high] - count[low], 1)
-    return [float(value) for value in np.where(valid, mean, np.nan)]
 
 
 def plot_maps(
@@ -221,42 +71,37 @@ def plot_maps(
     draw_maps(path, image, rows, title=title)
 
 
+def plot_segmentation(
+    task: SegmentTask, data: DataConfig, image: Shown, class_names: Sequence[str], path: Path, *, title: str
+) -> None:
+    """Draw the classes that a model sees in one image, and those of its mask where it has one, into a PNG file.
+
+    Args:
+        task: in evaluation mode.
+        data: mean and std.
+        image: of any size.
+        class_names: of the model's classes.
+        path: the file; its folder is made if missing.
+        title: above the picture.
+    """
+    import torch
+
+    from nepa_dist.data.device import normalize
+    from nepa_dist.data.segment_augment import resize_for_evaluation
+    from nepa_dist.data.transforms import class_mask
+
+    crop = task.backbone.config.image_size
+    resized = torch.from_numpy(resize_for_evaluation(image.pixels, (4 * crop, crop)).copy())
+    with torch.inference_mode():
+        prediction = task.predict(normalize(resized[None], data.mean, data.std), image.pixels.shape[:2])[0]
+    truth = None if image.mask is None else class_mask(image.mask, task.config)
+    draw_segmentation(image.pixels, prediction.numpy(), class_names, path, truth=truth, title=title)
+
+
 def default_queries(rows: int, columns: int) -> list[Query]:
     """The patch in the middle, one in the upper right and one in the lower left quarter; fewer where a grid has no more."""
     queries = [(rows // 2, columns // 2), (rows // 4, 3 * columns // 4), (3 * rows // 4, columns // 4)]
     return list(dict.fromkeys(queries))
-
-
-def _read_images(files: Sequence[Path], size: int) -> list[NDArray[np.uint8]]:
-    """The central square of each image, size x size pixels; names every image that cannot be read, not only the first."""
-    from nepa_dist.config import AugmentConfig
-    from nepa_dist.data.augment import augment
-    from nepa_dist.data.decode import BadImage, decode_image
-
-    images, problems = [], []
-    for file in files:
-        try:
-            pixels = decode_image(file.read_bytes())
-            images.append(augment(pixels, AugmentConfig(crop="center"), image_size=size, seed=0, epoch=0, sample_id=0))
-        except OSError as error:
-            problems.append(f"{file}: {error.strerror or error}")
-        except BadImage as error:
-            problems.append(f"{file}: {error}")
-    if problems:
-        raise ValueError("\n".join(["these images cannot be read:", *(f"  - {problem}" for problem in problems)]))
-    return images
-
-
-def _names(files: Sequence[Path]) -> list[str]:
-    """A file name for the picture of each image; images of the same name in several folders are numbered."""
-    names: list[str] = []
-    for file in files:
-        name, number = f"{file.stem}_maps.png", 1
-        while name in names:
-            number += 1
-            name = f"{file.stem}-{number}_maps.png"
-        names.append(name)
-    return names
 
 
 def _pair(text: str) -> Query:
@@ -266,47 +111,80 @@ def _pair(text: str) -> Query:
     return int(row), int(column)
 
 
-def _layers(text: str) -> list[int]:
+def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers, for example 0,6,11") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, for example 0,6,11") from None
 
 
-def _run(args: argparse.Namespace) -> list[Path]:
-    from nepa_dist.maps import check_query, check_size
+def _run(args: argparse.Namespace) -> None:
+    from nepa_dist.gallery import from_files, from_samples, squares
+    from nepa_dist.tasks.segment import SegmentTask
     from nepa_dist.trained import load_trained
 
     trained = load_trained(args.model, ema=not args.raw)
-    config = trained.task.backbone.config
-    size = config.image_size if args.size is None else args.size
-    side = check_size(size, config.patch_size)
+    data = trained.config.data if args.data is None else trained.config.data.model_copy(update={"source": args.data})
+    images = [*from_files(args.images), *from_samples(data, args.samples, trained.config.model.image_size)]
+    if not images:
+        raise ValueError("there is nothing to draw: name image files, or --samples of the validation split")
+    is_run = (args.model / "checkpoints").is_dir()
+    out = args.out or (args.model / "figures" if is_run else Path())
+    where = f"{args.model.resolve().name}, {trained.origin}"
+    if isinstance(trained.task, SegmentTask) and not (args.query or args.query_patch or args.layers):
+        names = _class_names(trained.config, data)
+        for image in images:
+            path = out / f"{image.name}_segmentation.png"
+            plot_segmentation(trained.task, trained.data, image, names, path, title=f"{image.name}  -  {where}")
+            print(f"wrote {path}")
+        return
+    model = trained.task.backbone.config
+    size = model.image_size if args.size is None else args.size
+    queries = _queries(args, size, model.patch_size)
+    for image in squares(images, size):
+        path = out / f"{image.name}_maps.png"
+        plot_maps(trained, image.pixels, queries, path, layers=args.layers, title=f"{image.name}  -  {where}")
+        print(f"wrote {path}")
+
+
+def _class_names(config: Config, data: DataConfig) -> list[str]:
+    """Names of the model's classes as the data has them; numbers where it is out of reach."""
+    from nepa_dist.data.classes import class_names
+    from nepa_dist.data.containers import DataError, open_split
+
+    try:
+        return class_names(config, open_split(data, "val", image_size=config.model.image_size))
+    except DataError:
+        return [str(index) for index in range(config.num_classes or 0)]
+
+
+def _queries(args: argparse.Namespace, size: int, patch_size: int) -> list[Query]:
+    from nepa_dist.maps import check_query, check_size
+
+    side = check_size(size, patch_size)
     for number in args.query_patch:
         if not 0 <= number < side * side:
             raise ValueError(f"query patch {number} is outside the grid of {side} x {side}: patches are 0 to {side * side - 1}")
     queries = list(args.query) + [divmod(number, side) for number in args.query_patch]
     for query in queries:
         check_query(query, side, side)
-    queries = queries or default_queries(side, side)
-    out = args.out or (args.model / "figures" if (args.model / "checkpoints").is_dir() else Path())
-    images = _read_images(args.images, size)
-    paths = [out / name for name in _names(args.images)]
-    for file, image, path in zip(args.images, images, paths, strict=True):
-        title = f"{file.name}  -  {args.model.resolve().name}, {trained.origin}"
-        plot_maps(trained, image, queries, path, layers=args.layers, title=title)
-        print(f"wrote {path}")
-    return paths
+    return queries or default_queries(side, side)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m nepa_dist.visualize", description="Draw what a query patch attends to, and how well it is predicted."
+        prog="python -m nepa_dist.visualize",
+        description="Draw what a patch attends to and predicts, or the classes that a segmentation model sees.",
     )
     parser.add_argument(
         "model", type=Path, metavar="RUN|WEIGHTS", help="folder of a run, a checkpoint or weights, or a safetensors file"
     )
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files; the central square is used")
+    parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="image files")
+    parser.add_argument(
+        "--samples", type=_numbers, default=[], metavar="0,5,7", help="images of the validation split, by number"
+    )
+    parser.add_argument("--data", metavar="DATA", help="whose validation split; default: that of the run")
     parser.add_argument(
         "--query", type=_pair, action="append", default=[], metavar="ROW,COL", help="query patch, from 0; repeat for more"
     )
@@ -318,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="N",
         help="query patch by number, row by row from 0; repeat for more",
     )
-    parser.add_argument("--layers", type=_layers, metavar="0,6,11", help="a panel for each; default: the mean over all layers")
+    parser.add_argument("--layers", type=_numbers, metavar="0,6,11", help="a panel for each; default: the mean over all layers")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the image that the model sees; default: as trained")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/figures; for weights the current folder")
     parser.add_argument("--raw", action="store_true", help="use the weights themselves, not their average")

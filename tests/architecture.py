@@ -17,7 +17,7 @@ PACKAGES = ("nepa_dist", "jobs", "data_prep")
 _SETTINGS = {"config", "plan", "presets"}  # config_base, config_data, ... are reached through config
 _LOOP = (
     _SETTINGS
-    | {"checkpoint", "data", "engines", "guard", "keyed", "metrics", "optim"}
+    | {"checkpoint", "data", "engines", "guard", "intake", "keyed", "metrics", "online_knn", "optim"}
     | {
         "reporting",
         "resume",
@@ -29,7 +29,7 @@ _LOOP = (
         "tasks",
         "transfer",
         "validation",
-        "visualize",
+        "curves",
         "watchdog",
     }
 )
@@ -50,17 +50,24 @@ ARROWS: dict[str, set[str]] = {
         "evaluate",
         "guard",
         "memory",
+        "metrics.registry",
         "metrics.sinks",
+        "pictures",
         "report",
         "run_folder",
         "train",
+        "curves",
         "visualize",
     },
     "data_prep": {"config", "data"},
     "train": _LOOP,
-    "evaluate": _LOOP,
+    "evaluate": _LOOP | {"model", "probe_report", "trained"},
+    "probe_report": {"pictures", "run_folder"},
+    "online_knn": {"config", "data.containers", "online_probe"},
+    "online_probe": {"config", "data", "model", "tasks"},
+    "intake": {"data", "run"},
     "run": _SETTINGS | {"checkpoint", "data", "engines", "metrics.profile", "state", "tasks"},
-    "resume": _SETTINGS | {"checkpoint", "data", "run", "run_folder", "state"},
+    "resume": _SETTINGS | {"checkpoint", "data", "engines.base", "run", "run_folder", "state"},
     "saving": _SETTINGS | {"checkpoint", "data", "reporting", "run", "run_folder", "state"},
     "transfer": {"checkpoint.portable", "config", "names", "official", "tasks", "trained"},
     "validation": _SETTINGS | {"data", "engines", "guard", "provenance", "reporting", "run", "run_folder", "tasks", "watchdog"},
@@ -81,7 +88,9 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": {"engines.base"},
     "engines": {"config", "metrics.registry", "optim", "plan"},
     "optim": {"config", "plan"},
-    "visualize": {"config", "data", "maps", "metrics.sinks", "pictures", "tasks", "trained"},
+    "curves": {"metrics.sinks", "pictures"},
+    "gallery": {"config", "data"},
+    "visualize": {"config", "data", "gallery", "maps", "pictures", "tasks", "trained"},
     "maps": {"model", "tasks"},
     "pictures": set(),
     "trained": {"checkpoint", "config", "data.device", "model", "names", "official", "provenance", "tasks"},

@@ -49,6 +49,36 @@ def test_inspect_is_a_table_of_facts(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert head.index("fields") == first.index("weight") == second.index("weight")
 
 
+def test_frozen_parameters_are_counted_and_hide_no_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    learned = {"weight": torch.ones(2), "exp_avg": torch.ones(2), "ema": torch.zeros(2)}
+    entries = [("a", learned), ("b", {"weight": torch.ones(3)}), ("c", {"weight": torch.ones(4)})]
+    CheckpointStore(tmp_path / "checkpoints").save(5, entries, {})
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith("  9  weight exp_avg ema; 2 frozen: weight")
+    assert main(["convert", str(tmp_path), "--to", str(tmp_path / "new")]) == 0
+    _, reader = CheckpointStore.open(tmp_path / "new")
+    assert [reader.fields(name) for name in reader.names()] == [["weight", "ema"], ["weight"], ["weight"]]
+
+
+def test_a_checkpoint_may_be_named_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "run", 10)
+    newest = save(tmp_path / "run", 20)
+    assert main(["inspect", str(newest)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[0] == "20"
+    assert main(["convert", str(newest), "--to", str(tmp_path / "handed-on")]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "handed-on")]) == 0
+    assert capsys.readouterr().out.startswith("handed-on  verified")
+    assert main(["convert", str(tmp_path / "handed-on"), "--to", str(tmp_path / "again"), "--dtype", "bf16"]) == 0
+    assert CheckpointStore.open(tmp_path / "again")[0].step == 20
+    flip_a_bit(newest / "state-00000.safetensors")
+    assert main(["convert", str(newest), "--to", str(tmp_path / "bad")]) == 2
+    (newest / "manifest.json").unlink()
+    capsys.readouterr()
+    assert main(["verify", str(newest)]) == 1
+    assert "manifest.json is missing" in capsys.readouterr().out
+
+
 def test_inspect_names_what_is_missing_and_shows_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path, 1)
     (save(tmp_path, 2) / "state-00000.safetensors").unlink()
@@ -137,8 +167,11 @@ def test_convert_reads_only_what_verifies(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "{tmp}/absent"], "absent is not the folder of a run"),
+        (["inspect", "{tmp}/absent"], "absent is neither a run nor a checkpoint: there is no such folder"),
         (["verify", "{tmp}/empty"], "empty holds no checkpoint"),
+        (["verify", "{tmp}/run/checkpoints"], "checkpoints holds no checkpoint; did you mean {tmp}/run?"),
+        (["inspect", "{tmp}/file"], "file is neither a run nor a checkpoint: there is no such folder"),
+        (["convert", "{tmp}/run/checkpoints/step-00000010", "--to", "{tmp}/new", "--step", "20"], "--step chooses among those"),
         (["convert", "{tmp}/empty", "--to", "{tmp}/new"], "empty holds no checkpoint"),
         (["convert", "{tmp}/run", "--to", "{tmp}/new", "--step", "15"], "run holds no checkpoint of step 15, only of 10, 20"),
         (["convert", "{tmp}/run", "--to", "{tmp}/new"], "step-00000020 holds no 'ema', only"),
@@ -158,7 +191,7 @@ def test_a_mistake_is_one_clear_line(
     assert main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
     output = capsys.readouterr()
     [line] = output.err.splitlines()
-    assert message in line
+    assert message.format(tmp=tmp_path) in line
     assert output.out == ""
     assert sorted(os.listdir(tmp_path)) == before, "nothing is left behind"
 

@@ -86,6 +86,48 @@ def test_a_field_that_is_not_stored_is_named_at_once(
         PartialState(reader, **options)  # type: ignore[arg-type]
 
 
+def save_frozen(root: Path, *fields: str) -> StateReader:
+    """``backbone.a`` with the fields, each filled with a number of its own; ``backbone.frozen`` with its weight alone."""
+    tensors = {"weight": 1.0, "exp_avg": 2.0, "exp_avg_sq": 3.0, "ema": 4.0}
+    learned = {field: torch.tensor(40.0) if field == "step" else torch.full((3, 2), tensors[field]) for field in fields}
+    entries = [("backbone.a", learned), ("backbone.frozen", {"weight": torch.full((3, 2), 7.0)})]
+    return CheckpointStore.open(CheckpointStore(root).save(1, entries, {}))[1]
+
+
+def test_what_was_frozen_has_no_average_but_its_weight(tmp_path: Path) -> None:
+    reader = save_frozen(tmp_path, "weight", "exp_avg", "exp_avg_sq", "ema", "step")
+    assert reader.frozen() == {"backbone.frozen"}
+    assert reader.common_fields() == ["weight", "exp_avg", "exp_avg_sq", "ema", "step"]
+    for options, weight, ema in (({"use_ema": True}, 4.0, 4.0), ({"mode": "weights+ema"}, 1.0, 4.0)):
+        learned = PartialState(reader, **options).read("backbone.a")  # type: ignore[arg-type]
+        assert (learned["weight"][0, 0], learned["ema"][0, 0]) == (weight, ema)
+        # The new run may train it.
+        state = PartialState(reader, **options).read("backbone.frozen")  # type: ignore[arg-type]
+        assert set(state) == {"weight", "exp_avg", "exp_avg_sq", "step", "ema"}
+        assert (state["weight"][0, 0], state["ema"][0, 0]) == (7.0, 7.0)
+        assert state["weight"].data_ptr() != state["ema"].data_ptr()
+
+
+@pytest.mark.parametrize(("options", "value"), [({}, 1.0), ({"use_ema": True}, 4.0), ({"mode": "weights+ema"}, 1.0)])
+def test_what_the_new_run_freezes_has_its_weight_alone(tmp_path: Path, options: dict[str, object], value: float) -> None:
+    reader = save_frozen(tmp_path, "weight", "ema")
+    state = PartialState(reader, frozen={"backbone.a", "backbone.frozen"}, **options)  # type: ignore[arg-type]
+    for name, expected in (("backbone.a", value), ("backbone.frozen", 7.0)):
+        read = state.read(name)
+        assert set(read) == {"weight"}
+        assert read["weight"].eq(expected).all()
+
+
+def test_a_run_without_averages_has_nothing_frozen_to_hide_behind(tmp_path: Path) -> None:
+    reader = save_frozen(tmp_path, "weight", "exp_avg", "exp_avg_sq", "step")
+    with pytest.raises(CheckpointError, match=r"holds no 'ema' of 1 of 2 parameters, the first is 'backbone\.a'"):
+        PartialState(reader, mode="weights+ema")
+    bare = CheckpointStore.open(CheckpointStore(tmp_path / "bare").save(1, [("a", {"weight": torch.ones(2)})], {}))[1]
+    assert bare.frozen() == set()
+    with pytest.raises(CheckpointError, match="holds no 'ema' of 1 of 1 parameters"):
+        PartialState(bare, use_ema=True)
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     reader = save(tmp_path)
     with pytest.raises(ValueError, match="mode 'everything' is unknown"):

@@ -119,7 +119,7 @@ def test_scores_count_every_labelled_image_once():
     for name in whole:
         torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name])
     logits, known = task.logits(data["images"]), data["labels"] >= 0
-    scores = task.score(whole, ["zero", "one"])
+    scores = task.score(whole, ["zero", "one", *"abcde"])
     right = (logits.argmax(1) == data["labels"])[known]
     assert scores.values["top1"] == pytest.approx(right.double().mean().item())
     fifth = logits[known].topk(5).indices.eq(data["labels"][known][:, None]).any(1)

@@ -1,6 +1,8 @@
 """Starting from another run's weights, and going on with changed settings only where that is allowed."""
 
 import pytest
+import torch
+from test_downstream import run as run_task
 from test_train import curve, images, run, weights  # noqa: F401 - a fixture among them
 
 from nepa_dist.checkpoint.store import CheckpointStore
@@ -72,3 +74,25 @@ def test_what_is_allowed_may_differ(images, tmp_path):  # noqa: F811
     result = run(tmp_path / "run", images, *changed, options=["--allow", "steps", "--allow", "optim"])
     assert result.returncode == 0, result.stderr
     assert [step for step, _, _ in curve(tmp_path / "run")] == list(range(1, 11))
+
+
+def test_frozen_weights_go_on_where_averages_do(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run_task("finetune", first, "steps=2").returncode == 0
+    still = ("optim.base_lr=0", "optim.weight_decay=0", "optim.ema_decay=0.999999", "steps=1")
+    result = run_task("finetune", second, *still, options=["--init", str(first), "--load", "weights+ema"])
+    assert result.returncode == 0, result.stderr
+    (_, source), (_, state) = weights(first), weights(second)
+    for name, fields in state.items():
+        assert fields.keys() == source[name].keys()
+        assert fields["weight"].equal(source[name]["weight"])
+        assert ("ema" in fields) == (not name.startswith("backbone.patch_embed."))
+    learned = "backbone.blocks.0.mlp.down.weight"
+    torch.testing.assert_close(state[learned]["ema"], source[learned]["ema"], atol=1e-6, rtol=0)
+
+    thawed = ("finetune.freeze_patch_embed=false", "steps=3")
+    allowed = ["--allow", "steps", "--allow", "finetune.freeze_patch_embed"]
+    result = run_task("finetune", first, *thawed, options=allowed)
+    assert result.returncode == 2
+    assert "step-00000002: backbone.patch_embed.weight: the checkpoint holds ['weight']" in result.stderr
+    assert "it was frozen there and is not here" in result.stderr

@@ -6,7 +6,7 @@ import math
 import pytest
 from PIL import Image
 
-from nepa_dist.visualize import plot_curves, plot_lines
+from nepa_dist.curves import plot_curves, plot_lines
 
 
 def write_run(folder, rows):

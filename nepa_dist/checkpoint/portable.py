@@ -1,8 +1,9 @@
 """The tensors of a checkpoint: a stream of named entries to and from safetensors files.
 
 An entry is one parameter: its name and up to five tensors, the fields ``weight``, ``exp_avg``, ``exp_avg_sq`` (AdamW's
-moments), ``ema`` (moving average of the weight) and ``step`` (AdamW's count of updates, 0-d float32). The names do not depend
-on the engine or the world size, so any engine continues what any other saved.
+moments), ``ema`` (moving average of the weight) and ``step`` (AdamW's count of updates, 0-d float32). A parameter that a run
+keeps frozen has its weight alone. The names do not depend on the engine or the world size, so any engine continues what any
+other saved.
 
 In a file, a tensor's key is ``<field>/<parameter name>``. safetensors is a JSON header and raw bytes: reading it runs no code.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -119,9 +120,15 @@ class StateReader:
             raise CheckpointError(f"checkpoint {self.folder} holds no parameter {name!r}")
         return [field for field in FIELDS if field in self._files[name]]
 
+    def frozen(self) -> set[str]:
+        """Parameters that are stored with their weight alone where others have more: the run kept them frozen."""
+        alone = {name for name, stored in self._files.items() if set(stored) == {"weight"}}
+        return alone if len(alone) < len(self._files) else set()
+
     def common_fields(self) -> list[str]:
-        """Fields that are stored for every parameter, in the order of ``FIELDS``."""
-        return [field for field in FIELDS if all(field in stored for stored in self._files.values())]
+        """Fields that are stored for every parameter that was not frozen, in the order of ``FIELDS``."""
+        learned = self._files.keys() - self.frozen()
+        return [field for field in FIELDS if all(field in self._files[name] for name in learned)]
 
     def shape(self, name: str, field: str = "weight") -> list[int]:
         """Shape of a tensor; its data is not read.
@@ -159,16 +166,18 @@ class StateReader:
 class PartialState:
     """A checkpoint's weights, and its averages if wanted, as the state of a run whose optimizer has not done a step.
 
-    Made for :meth:`Engine.load_named_state`: moments are zeros and the count of updates is 0.
+    Made for :meth:`Engine.load_named_state`: moments are zeros and the count of updates is 0. The average of what was frozen is
+    its weight.
 
     Args:
         reader: the checkpoint.
         mode: where the average of the new run begins: ``weights``, at the weight; ``weights+ema``, at the stored average.
         use_ema: take the stored average as the weight.
         keep_ema: False if the new run keeps no average; ``mode`` then makes no difference.
+        frozen: parameters that the new run freezes: their state is the weight alone.
 
     Raises:
-        CheckpointError: a needed field is not stored for every parameter.
+        CheckpointError: a needed field is not stored for every parameter that was not frozen.
         ValueError: the mode is unknown.
     """
 
@@ -179,14 +188,16 @@ class PartialState:
         mode: Literal["weights", "weights+ema"] = "weights",
         use_ema: bool = False,
         keep_ema: bool = True,
+        frozen: Collection[str] = (),
     ) -> None:
         if mode not in ("weights", "weights+ema"):
             raise ValueError(f"mode {mode!r} is unknown; expected 'weights' or 'weights+ema'")
-        self._reader = reader
+        self._reader, self._frozen, self._without_average = reader, frozen, reader.frozen()
         self._weight = "ema" if use_ema else "weight"
         self._ema = ("ema" if mode == "weights+ema" else self._weight) if keep_ema else None
         for field in {self._weight, self._ema} - {None, *reader.common_fields()}:
-            lacking = [name for name in reader.names() if field not in reader.fields(name)]
+            learned = [name for name in reader.names() if name not in self._without_average]
+            lacking = [name for name in learned if field not in reader.fields(name)]
             raise CheckpointError(
                 f"checkpoint {reader.folder} holds no {field!r} of {len(lacking)} of {len(reader.names())} parameters, "
                 f"the first is {lacking[0]!r}"
@@ -202,16 +213,20 @@ class PartialState:
         Raises:
             CheckpointError: there is no such parameter.
         """
-        fields = [self._weight] if self._ema is None else [self._weight, self._ema]
-        stored = self._reader.read(name, fields)
-        weight = stored[self._weight]
+        source, average = self._weight, self._ema
+        if name in self._without_average:
+            source, average = "weight", None if average is None else "weight"
+        stored = self._reader.read(name, [source] if average is None else [source, average])
+        weight = stored[source]
+        if name in self._frozen:
+            return {"weight": weight}
         state = {
             "weight": weight,
             "exp_avg": torch.zeros_like(weight),
             "exp_avg_sq": torch.zeros_like(weight),
             "step": torch.zeros((), dtype=torch.float32),
         }
-        return state if self._ema is None else state | {"ema": stored[self._ema].clone()}
+        return state if average is None else state | {"ema": stored[average].clone()}
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -22,7 +22,7 @@ def resolve_classes(config: Config, container: Container) -> Config:
     """
     if config.task == "pretrain":
         return config
-    source, found = config.data.source, len(container.class_names)
+    source, found = config.data.source, len(_names(config, container))
     if config.task == "segment" and container.read(0).mask is None:
         hint = "prepare a folder with images/ and annotations/ (docs/data.md)"
         raise ConfigError([f"data.source {source} has no masks, which segmentation needs: {hint}"])
@@ -39,3 +39,15 @@ def resolve_classes(config: Config, container: Container) -> Config:
         return config
     section = getattr(config, config.task).model_copy(update={"num_classes": found})
     return config.model_copy(update={config.task: section})
+
+
+def class_names(config: Config, container: Container) -> list[str]:
+    """Names of the head's classes: those of the data, or numbers where it names another number of them."""
+    names, num_classes = _names(config, container), config.num_classes or 0
+    return names if len(names) == num_classes else [str(index) for index in range(num_classes)]
+
+
+def _names(config: Config, container: Container) -> list[str]:
+    """What the data calls its classes; masks may have others than labels have."""
+    names = container.class_names
+    return list(getattr(container, "mask_names", names) if config.task == "segment" else names)

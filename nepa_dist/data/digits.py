@@ -80,6 +80,7 @@ class DigitScenes:
         self.num_ignored = 0
         self.image_size = image_size
         self.class_names = [str(digit) for digit in range(10)]
+        self.mask_names = [*self.class_names, "background"]
         self._ink, self._digits = _handwriting()
         digest = hashlib.sha256(f"digits {_VERSION} {split} {len(self)}".encode())
         digest.update(self._ink.tobytes())

@@ -141,7 +141,7 @@ def check_fields(name: str, expected: Mapping[str, Sequence[int]], state: Parame
 
 
 def _advice(needed: set[str], stored: set[str]) -> str:
-    weights = "start from the weights instead (--load weights)"
+    weights = "begin a new run with its weights (--init, --load weights)"
     if needed == {"weight"}:
         return f"it is frozen here and was not there: freeze what was frozen, or {weights}"
     if stored == {"weight"}:

@@ -55,6 +55,7 @@ def _rank(name: str, kind: Kind, unit: str, help: str) -> Metric:
 _CUDA = "on a GPU"
 _FINE = "fine-tuning"
 _SEGMENT = "segmentation"
+_KNN = "metrics.knn_every"
 _VALIDATED = "fine-tuning and segmentation"
 
 _TABLE = (
@@ -121,6 +122,16 @@ _TABLE = (
         "best_score", "ratio", "Best top1 or miou of the run so far; these weights are in its folder best.", when=_VALIDATED
     ),
     _gauge("eval_seconds", "seconds", "Time that the newest validation took.", ranks="main", when=_VALIDATED),
+    _gauge(
+        "knn_top1",
+        "ratio",
+        "k-NN accuracy of the middle block on a few validation images, beside pretraining.",
+        ranks="main",
+        when=_KNN,
+    ),
+    _gauge("knn_step", "steps", "Step of the weights that knn_top1 is of: it is measured while training goes on.", when=_KNN),
+    _gauge("knn_seconds", "seconds", "Time that the newest k-NN measurement took, beside training.", when=_KNN),
+    _counter("knn_failures_total", "", "k-NN measurements that failed; training went on.", when=_KNN),
     # Speed and memory
     _gauge("images_per_second", "images/second", "Images of all ranks per second, over the log interval."),
     _gauge("tokens_per_second", "tokens/second", "Tokens through the blocks of all ranks per second, over the log interval."),

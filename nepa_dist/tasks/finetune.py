@@ -103,8 +103,7 @@ class FinetuneTask(Task):
         table = csv.writer(text, lineterminator="\n")
         table.writerow(["class", "name", "top1", "top5", "images"])
         for index, count in enumerate(images):
-            name = class_names[index] if index < len(class_names) else ""
             shares = [f"{hits[index] / count:.6f}" if count else "" for hits in (top1, top5)]
-            table.writerow([index, name, *shares, count])
+            table.writerow([index, class_names[index], *shares, count])
         values = {"eval_loss": float(sums["loss"]) / total, "top1": sum(top1) / total, "top5": sum(top5) / total}
         return Scores(values, "top1", text.getvalue())

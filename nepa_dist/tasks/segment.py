@@ -50,7 +50,7 @@ class SegmentTask(Task):
             aux_channels=config.aux_channels,
             dropout=config.dropout,
         )
-        init_weights(self.head, seed, std=model.init_std)
+        init_weights(self.head, seed, std=None)
         self.backbone.patch_embed.requires_grad_(not config.freeze_patch_embed)
         # The last norm is behind all taps: nothing that is trained depends on it.
         self.backbone.norm.requires_grad_(False)
@@ -131,6 +131,5 @@ class SegmentTask(Task):
         confusion = ConfusionMatrix(self.num_classes)
         confusion.matrix = sums["confusion"].cpu()
         scores = confusion.scores()
-        names = class_names if len(class_names) == self.num_classes else None
         values = {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc}
-        return Scores(values, "miou", scores_csv(scores, names))
+        return Scores(values, "miou", scores_csv(scores, class_names))

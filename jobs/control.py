@@ -1,0 +1,188 @@
+"""What can be done with a run that is there: ``logs``, ``cancel``, ``stop``, ``resume``. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs import scheduler
+from jobs.launch import LaunchError, launch_local, resubmit
+from jobs.runs import JOB, is_finished, newest_checkpoint, read_json
+from jobs.scheduler import SchedulerError
+from jobs.status import find_runs, running_here
+from nepa_dist.config import Config, ConfigError
+from nepa_dist.config_load import load_config
+
+
+class ControlError(ValueError):
+    """It cannot be done; the message says why."""
+
+
+def main(command: str, argv: Sequence[str]) -> tuple[int, list[str]]:
+    """One of the commands; returns the exit code, and problems."""
+    args = _parser(command).parse_args(argv)
+    try:
+        if command == "logs":
+            return show_logs(args), []
+        runs = [run for folder in args.run for run in find_runs(folder)]
+        if not runs:
+            raise ControlError(f"no run in {', '.join(map(str, args.run))}: name the folder of a run, such as runs/NAME")
+        if command == "resume":
+            return max(resume(run) for run in runs), []
+        for run in runs:
+            print(end_run(run, save=command == "stop" and args.save), flush=True)
+    except (ControlError, ConfigError, LaunchError, SchedulerError) as error:
+        return 2, [str(error)]
+    return 0, []
+
+
+def end_run(run: Path, *, save: bool) -> str:
+    """End a run so that it does not come back; returns a sentence about what was done.
+
+    Args:
+        run: its folder.
+        save: let it save first; otherwise what it has done since its newest checkpoint is lost.
+
+    Raises:
+        ControlError: nothing runs there that can be reached from here.
+        SchedulerError: SLURM refuses.
+    """
+    number = str(read_json(run / JOB / "job.json").get("id", ""))
+    entry = scheduler.queue().get(number) if number else None
+    if entry is not None:
+        hold(run)
+        if save and entry.state == "RUNNING":
+            scheduler.cancel(number, "USR2")
+            return f"{run}: job {number} was told to save and end; it does not come back by itself"
+        scheduler.cancel(number)
+        return f"{run}: job {number} is cancelled"
+    holder = running_here(run)
+    if not holder:
+        raise ControlError(f"nothing runs in {run}")
+    match = re.fullmatch(r"pid (\d+) on (.+)", holder)
+    if match is None or match[2] != os.uname().nodename:
+        raise ControlError(f"{run} is in use by {holder}, which cannot be reached from here")
+    os.kill(int(match[1]), signal.SIGTERM)
+    return f"{run}: {holder} was told to save and end"
+
+
+def hold(run: Path) -> None:
+    """The job of a run shall not come back, however it ends."""
+    (run / JOB).mkdir(mode=0o700, exist_ok=True)
+    (run / JOB / "hold").touch()
+
+
+def resume(run: Path) -> int:
+    """Start a run again with its own settings and, as a job, its own code; returns the exit code.
+
+    Raises:
+        ControlError: it runs, or its folder is not that of a run.
+        LaunchError: it could not be started.
+    """
+    config = read_config(run)
+    if is_finished(run):
+        print(f"this run is finished: {run} holds all {newest_checkpoint(run)} steps; nothing to do")
+        return 0
+    if holder := running_here(run):
+        raise ControlError(f"{run} is running ({holder})")
+    if config.cluster.launcher == "local":
+        return launch_local(config)
+    number = str(read_json(run / JOB / "job.json").get("id", ""))
+    if number in scheduler.queue():
+        raise ControlError(f"job {number} of {run} waits or runs already")
+    number, code = resubmit(config)
+    print(f"submitted job {number}: {run}, with the code {code.name} it had before")
+    return 0
+
+
+def read_config(run: Path) -> Config:
+    """The configuration of a run, at the place where it lies now.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    place = {"run_root": str(run.absolute().parent), "name": run.absolute().name}
+    return load_config([run / "config.yaml"]).model_copy(update=place)
+
+
+def show_logs(args: argparse.Namespace) -> int:
+    """Print the end of what a run said, and with ``--follow`` what it says from now on.
+
+    Raises:
+        ControlError: there is nothing to show.
+    """
+    files = log_files(args.run, args.rank)
+    if not args.follow and not any(path.exists() for path in files):
+        raise ControlError(f"nothing is written yet: {', '.join(map(str, files))}")
+    for path in files:
+        if path.exists():
+            print(f"==> {path}")
+            print("\n".join(_last_lines(path, args.lines)), flush=True)
+    if args.follow:
+        follow(files[-1])
+    return 0
+
+
+def log_files(run: Path, rank: int | None) -> list[Path]:
+    """What the batch script of the newest job said, then what a rank said.
+
+    Raises:
+        ControlError: the folder is not that of a run.
+    """
+    if not (run / "config.yaml").exists():
+        raise ControlError(f"{run} is not the folder of a run")
+    is_job = (run / JOB / "job.json").exists()
+    own = run / "log.txt" if rank is None and not is_job else run / "logs" / f"rank-{rank or 0}.txt"
+    jobs = sorted((run / "logs").glob("job-*.txt"), key=lambda path: path.stat().st_mtime)
+    return [*(jobs[-1:] if rank is None else []), own]
+
+
+def follow(path: Path) -> None:
+    """Print what is added to a file, for ever."""
+    position = path.stat().st_size if path.exists() else 0
+    while True:
+        size = path.stat().st_size if path.exists() else 0
+        if size < position:  # it was begun anew
+            position = 0
+        if size > position:
+            with path.open("rb") as file:
+                file.seek(position)
+                content = file.read()
+            position += len(content)
+            sys.stdout.write(content.decode(errors="replace"))
+            sys.stdout.flush()
+        time.sleep(0.5)
+
+
+def _last_lines(path: Path, count: int) -> list[str]:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 400 * count))
+        return file.read().decode(errors="replace").splitlines()[-count:]
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    what = {
+        "logs": "What a run says.",
+        "cancel": "End runs at once, for good.",
+        "stop": "End runs for good after they have saved.",
+        "resume": "Start runs again that have ended, with their own settings and code.",
+    }
+    parser = argparse.ArgumentParser(prog=f"python jobs/submit.py {command}", description=what[command], allow_abbrev=False)
+    if command == "logs":
+        parser.add_argument("run", type=Path, help="folder of the run")
+        parser.add_argument("-f", "--follow", action="store_true", help="go on with what it says from now on")
+        parser.add_argument("--rank", type=int, metavar="R", help="of one rank; default: of rank 0, after those of the job")
+        parser.add_argument("-n", "--lines", type=int, default=30, metavar="N", help="of the end (30)")
+        return parser
+    parser.add_argument("run", nargs="+", type=Path, help="folder of a run, pipeline or sweep")
+    if command == "stop":
+        save = "the default; --no-save is cancel"
+        parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help=save)
+    return parser
