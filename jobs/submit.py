@@ -40,6 +40,7 @@ examples:
 other commands:
   python jobs/submit.py probe RUN                                        what the features of a pretraining run are worth
   python jobs/submit.py prepare SOURCE OUT [--array 16]                  pack a data set into shards, here or as SLURM jobs
+  python jobs/submit.py watch RUN                                        its curves, in the terminal
   python jobs/submit.py doctor --data DATA                               can this node feed its GPUs with this data?
   python jobs/submit.py status [RUN ...]                                 where each run stands, and why
   python jobs/submit.py logs RUN [-f] [--rank R]                         what it says
@@ -47,7 +48,7 @@ other commands:
 
 The same command again resumes the run. Exit codes: 0 finished, 75 stopped after saving, 2 a mistake to correct, others failed.
 """
-COMMANDS = (*TASKS, "pipeline", "sweep", "probe", "prepare", "status", "logs", "cancel", "stop", "resume", "doctor")
+COMMANDS = (*TASKS, "pipeline", "sweep", "probe", "prepare", "status", "logs", "cancel", "stop", "resume", "watch", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(problems, "done") if problems else code
     if command == "status":
         return status.main(rest)
+    if command == "watch":
+        from jobs import watch
+
+        return watch.main(rest)
     if command == "doctor":
         from jobs import doctor
 

@@ -166,12 +166,24 @@ class MetricsConfig(Section):
     """Steps between two readings of the collapse gauges."""
     knn_every: int | None = Field(None, gt=0)
     """Steps between two k-NN probes of the averaged weights during pretraining, beside the loop; null: none."""
+    audit_every: int = Field(1000, gt=0)
+    """Steps between two readings of the costly gauges: uniformity, SIGReg statistic, future leak."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Peak of one device that the utilisation (mfu) is a share of, 1e12 operations per second; null: by the GPU's name."""
     prometheus: bool = True
     """Serve the metrics over HTTP from rank 0."""
     prometheus_address: str = "127.0.0.1"
-    """Address the endpoint binds to."""
+    """Address the endpoint binds to: the default keeps it on this machine."""
+    prometheus_host: str | None = Field(None, min_length=1)
+    """Name by which a Prometheus elsewhere reaches the endpoint; null: the address, or the node's name if that is 0.0.0.0."""
     prometheus_port: int = Field(0, ge=0, le=65535)
-    """0 takes a free port; run.json and the log name it."""
+    """0 takes a free port; run.json and the log name it. A port that is taken is replaced by a free one."""
+    prometheus_token_file: str | None = Field(None, min_length=1)
+    """File with a bearer token that every scrape must give; null: none is asked for."""
+    prometheus_tls_cert: str | None = Field(None, min_length=1)
+    """PEM file with the certificate (and chain) to serve HTTPS; null: plain HTTP."""
+    prometheus_tls_key: str | None = Field(None, min_length=1)
+    """PEM file with its key; null: it is in the certificate's file."""
 
 
 class Config(Section):

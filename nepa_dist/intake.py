@@ -32,12 +32,15 @@ class Intake:
             start = time.perf_counter()
             batch = next(self._batches)
             self.wait_seconds += time.perf_counter() - start
+            run.watch.mark("data_wait")
             self.digest = add_digests(self.digest, batch.digest)
             found = {sample.name: sample.reason for sample in batch.bad if sample.name not in run.state.bad_samples}
             self.num_bad += len(found.keys() - self._bad.keys())
             self._bad.update(found)
             inputs = to_device(batch, run.world.device, run.config.data.mean, run.config.data.std)
-            yield run.task.prepare(inputs, step=run.state.step, micro_batch=run.world.rank * accum + micro)
+            prepared = run.task.prepare(inputs, step=run.state.step, micro_batch=run.world.rank * accum + micro)
+            run.watch.mark("host_to_device")
+            yield prepared
 
 
 def weighted(run: Run, intake: Iterable[dict[str, Tensor]]) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:

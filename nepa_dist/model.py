@@ -92,12 +92,18 @@ class Attention(nn.Module):
             self.k_norm = nn.LayerNorm(K, config.norm_eps, elementwise_affine=config.qk_norm_affine, bias=False)
         self.proj = nn.Linear(D, D)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, causal: bool) -> Tensor:
-        B, T, D = x.shape
+    def heads(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normalised and rotated, and values of x [B, T, D], each [B, H, T, K]."""
+        B, T, _ = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
+        return q, k, v
+
+    def forward(self, x: Tensor, rotary: Rotary | None, causal: bool) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = self.heads(x, rotary)
         # Norm and rotation run in fp32 under autocast; attention takes one dtype.
         y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=causal)
         out: Tensor = self.proj(y.transpose(1, 2).reshape(B, T, D))

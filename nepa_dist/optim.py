@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -84,6 +84,8 @@ class AdamWEMA(torch.optim.AdamW):
         super().__init__(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
         self.ema_decay = optim.ema_decay
         self.found_inf: Tensor | None = None
+        self.observe: Callable[[Tensor, Mapping[str, Any], Mapping[str, Any], Tensor | None], None] | None = None
+        """Called with each tensor that a step moved, its state, its group and ``found_inf``, while its gradient is there."""
         self.keep_average = False
         self.begin(self._parameters())
 
@@ -110,6 +112,11 @@ class AdamWEMA(torch.optim.AdamW):
         """Update the parameters that have a gradient, then their averages."""
         loss: float | None = super().step(closure)
         moved = [parameter for parameter in self._parameters() if parameter.grad is not None]
+        if self.observe is not None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self.observe(parameter, self.state[parameter], group, self.found_inf)
         if self.ema_decay is None or not moved:
             return loss
         states = [self.state[parameter] for parameter in moved]

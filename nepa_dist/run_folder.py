@@ -72,6 +72,16 @@ def count_starts(run_dir: Path) -> int:
     return len(_read_starts(run_dir) or [])
 
 
+def past_starts(run_dir: Path) -> tuple[float | None, int]:
+    """Unix time of the run's first start, None if there was none, and the steps that its restarts have lost so far."""
+    starts = _read_starts(run_dir) or []
+    try:
+        first = datetime.fromisoformat(starts[0]["started"]).timestamp() if starts else None
+        return first, sum(int(start.get("lost_steps", 0)) for start in starts)
+    except (KeyError, TypeError, ValueError, AttributeError):  # edited by hand
+        return None, 0
+
+
 def _read_starts(run_dir: Path) -> list[dict[str, Any]] | None:
     """Entries of run.json; None if the file is damaged, which must not stop a run."""
     path = run_dir / "run.json"

@@ -96,7 +96,8 @@ class Saver:
             return
         if result.problem is None:
             self._ended = self._ended._replace(written=self._ended.written + 1)
-            self._reporter.saved(result.seconds)
+            size = sum(file.stat().st_size for file in result.path.iterdir()) if result.path else 0
+            self._reporter.saved(result.step, result.seconds, size)
         else:
             self._ended = self._ended._replace(failed=self._ended.failed + 1)
             self._reporter.event(f"checkpoint at step {result.step} failed: {result.problem}")

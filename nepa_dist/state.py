@@ -25,6 +25,12 @@ class TrainState:
     """Checkpoints that could not be written."""
     consecutive_checkpoint_failures: int = 0
     """The same, since the last one that was written."""
+    preemptions: int = 0
+    """How often a signal stopped the run."""
+    productive_seconds: float = 0.0
+    """Time of the steps up to this one, without waits for checkpoints and validations."""
+    initial_ranks: dict[str, float] = field(default_factory=dict)
+    """Effective rank of the embeddings at the run's first step, by label."""
     evaluated_step: int = 0
     """Step of the newest validation."""
     best_score: float | None = None

@@ -37,13 +37,15 @@ from nepa_dist.keyed import keyed_seed
 from nepa_dist.online_knn import OnlineKnn, online_knn_problems
 from nepa_dist.optim import learning_rate
 from nepa_dist.plan import make_plan
-from nepa_dist.reporting import Reporter, StepReport
+from nepa_dist.reporting import Reporter
 from nepa_dist.resume import begin, begins_with_transfer
 from nepa_dist.run import Run
 from nepa_dist.run_folder import append_start, describe_start
 from nepa_dist.saving import Saver, Saves
 from nepa_dist.state import TrainState
-from nepa_dist.tasks.base import build_task
+from nepa_dist.step_report import StepReport
+from nepa_dist.tasks.base import Health, build_task
+from nepa_dist.tasks.inspection import inspect
 from nepa_dist.transfer import transfer
 from nepa_dist.validation import Validator
 from nepa_dist.watchdog import Watchdog
@@ -165,17 +167,20 @@ def train(
         if validator is not None and validating and not stopping:
             stopping = not validator.validate(reporter, watchdog)
         if saving or stopping:
+            state.preemptions += stopping
             saver.start()
             if done or stopping:
                 finished = done and not (validator is not None and validator.pending)
                 return _finish(run, reporter, finished, saver.wait(), stop)
-        report = update(run, batches, bad, stop, saver.take())
+        report = update(run, batches, bad, stop, saver.take(), reporter)
         stopping = _settle(run, reporter, pending, bad)
         pending = report
         watchdog.beat(state.step)
 
 
-def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFlag, saves: Saves) -> StepReport:
+def update(
+    run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFlag, saves: Saves, reporter: Reporter
+) -> StepReport:
     """One optimizer update over the global batch. Nothing in it waits for the device, but for the gauges of observed steps.
 
     Args:
@@ -184,11 +189,13 @@ def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFl
         bad: unreadable images are added, name to reason.
         stop: whether this rank was asked to stop rides in the report.
         saves: so does what became of its checkpoints.
+        reporter: says which steps are observed.
     """
+    run.watch.start()
     config, plan, state, world = run.config, run.plan, run.state, run.world
     for group in run.engine.param_groups:
         group["lr"] = learning_rate(state.step, plan, config.optim, group["layer"])
-    observe = (state.step + 1) % config.metrics.collapse_every == 0
+    observe = reporter.observes(state.step + 1)
     run.task.train()
     run.task.begin_step(state.step, observe=observe)
     # Whatever draws random numbers on the device repeats them after a resume: nothing to save.
@@ -197,20 +204,31 @@ def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFl
     intake = Intake(run, batches, bad)
     for micro, (inputs, share) in enumerate(weighted(run, intake)):
         loss, logs = run.engine.model(inputs)
-        run.engine.backward(loss if share is None else loss * share, last=micro == plan.grad_accum_steps - 1)
+        run.watch.mark("forward")
+        last = micro == plan.grad_accum_steps - 1
+        run.engine.backward(loss if share is None else loss * share, last=last)
+        run.watch.mark_backward(reduces=last and world.world_size > 1)
         for name, value in {"loss": loss, **logs}.items():
             part = value.detach() * (1.0 if share is None else share) / plan.grad_accum_steps
             means[name] = means[name] + part if name in means else part
     lr = learning_rate(state.step, plan, config.optim)
-    result = run.engine.step()
+    result = run.engine.step(observe=observe)
+    run.watch.mark("optimizer")
     state.advance(config.global_batch_size)
+    health, seen = Health({}, {}), {}
+    if observe:
+        audit = reporter.audits(state.step)
+        seed = keyed_seed(config.seed, "audit", state.step) if audit else None
+        health = run.task.health(world.all_reduce, audit_seed=seed)
+        seen = inspect(run.task, run.engine.model, inputs, world.all_reduce_max, audit=audit)
     return StepReport(
         world,
         step=state.step,
         lr=lr,
         result=result,
         means=means,
-        gauges=run.task.health(world.all_reduce) if observe else {},
+        gauges=health.gauges | seen,
+        spectra=health.spectra,
         counts={
             "stop": stop.is_set,
             "bad": intake.num_bad,
@@ -218,8 +236,10 @@ def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFl
             "saves_failed": saves.failed,
             "data_digest": intake.digest & DIGEST_MASK,
         },
+        mine=reporter.mine(state.step),
         data_wait=intake.wait_seconds,
         observed=observe,
+        marks=run.watch.stop(),
     )
 
 
@@ -262,7 +282,7 @@ def _settle(run: Run, reporter: Reporter, report: StepReport | None, bad: dict[s
     applied = values["applied"] > 0
     if not applied:
         reporter.event(f"step {report.step} skipped: gradient norm {values['grad_norm']}, loss {values['loss']}")
-    reporter.count(report)
+    reporter.count(report, values)
     every, ends = run.config.metrics.every, report.step == run.plan.steps
     try:
         tolerated = math.inf if last else run.config.guard.max_consecutive_checkpoint_failures
@@ -322,12 +342,11 @@ def _announce(run: Run, reporter: Reporter, notes: list[str]) -> None:
         reporter.event(note)
     if not run.world.is_main:
         return
-    plan, endpoint = run.plan, None
+    plan = run.plan
     if run.container.num_ignored:
         reporter.event(f"{run.container.num_ignored} files in {run.config.data.source} are no images by their name: ignored")
-    if reporter.prometheus_port is not None:
-        endpoint = f"http://{run.config.metrics.prometheus_address}:{reporter.prometheus_port}/metrics"
-        reporter.event(f"metrics at {endpoint}")
+    if reporter.endpoint is not None:
+        reporter.event(f"metrics at {reporter.endpoint}")
     reporter.event(
         f"{run.config.run_dir}: {plan.num_samples} images, {plan.steps} steps of {run.config.global_batch_size} = "
         f"{run.world.world_size} ranks x {plan.micro_batch_size} x {plan.grad_accum_steps}, {run.config.engine.precision}, "
@@ -341,7 +360,8 @@ def _announce(run: Run, reporter: Reporter, notes: list[str]) -> None:
         "from_step": run.state.step,
         "config_digest": run.config.digest(),
         "data_fingerprint": run.container.fingerprint,
-        "metrics_endpoint": endpoint,
+        "metrics_endpoint": reporter.endpoint,
+        "lost_steps": reporter.lost_steps,
     }
     append_start(run.config.run_dir, describe_start(**facts))
 

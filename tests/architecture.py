@@ -25,6 +25,7 @@ _LOOP = (
         "run_folder",
         "saving",
         "state",
+        "step_report",
         "tasks",
         "transfer",
         "validation",
@@ -32,6 +33,7 @@ _LOOP = (
         "watchdog",
     }
 )
+_MEASURES = {"metrics.collapse", "metrics.registry", "metrics.segmentation", "metrics.spread"}
 ARROWS: dict[str, set[str]] = {
     "jobs": _SETTINGS
     | {
@@ -48,6 +50,7 @@ ARROWS: dict[str, set[str]] = {
         "evaluate",
         "guard",
         "memory",
+        "metrics.registry",
         "metrics.sinks",
         "pictures",
         "report",
@@ -63,14 +66,16 @@ ARROWS: dict[str, set[str]] = {
     "online_knn": {"config", "data.containers", "online_probe"},
     "online_probe": {"config", "data", "model", "tasks"},
     "intake": {"data", "run"},
-    "run": _SETTINGS | {"checkpoint", "data", "engines", "state", "tasks"},
+    "run": _SETTINGS | {"checkpoint", "data", "engines", "metrics.profile", "state", "tasks"},
     "resume": _SETTINGS | {"checkpoint", "data", "engines.base", "run", "run_folder", "state"},
     "saving": _SETTINGS | {"checkpoint", "data", "reporting", "run", "run_folder", "state"},
     "transfer": {"checkpoint.portable", "config", "names", "official", "tasks", "trained"},
     "validation": _SETTINGS | {"data", "engines", "guard", "provenance", "reporting", "run", "run_folder", "tasks", "watchdog"},
     "score": _SETTINGS | {"checkpoint", "config_load", "data", "run_folder", "tasks", "trained", "validation"},
     "watchdog": {"guard"},
-    "reporting": _SETTINGS | {"engines", "metrics", "state"},
+    "reporting": _SETTINGS | {"endpoint", "engines", "memory", "metrics", "run_folder", "state", "step_report"},
+    "step_report": {"engines", "metrics.profile"},
+    "endpoint": {"config", "metrics", "run_folder"},
     "export": {"checkpoint", "config", "model_card", "official", "provenance", "timm_names", "trained"},
     "model_card": {"config", "provenance", "timm_names"},
     "official": {"config", "model", "names"},
@@ -79,9 +84,9 @@ ARROWS: dict[str, set[str]] = {
     "names": set(),
     "report": _SETTINGS | {"data.containers", "memory"},
     "memory": {"config", "heads.upernet_cost", "presets"},
-    "tasks": {"config", "data.mixup", "heads", "keyed", "metrics.collapse", "metrics.segmentation", "model", "presets"},
+    "tasks": {"config", "data.mixup", "heads", "keyed", "model", "presets"} | _MEASURES,
     "checkpoint": {"engines.base"},
-    "engines": {"config", "optim", "plan"},
+    "engines": {"config", "metrics.registry", "optim", "plan"},
     "optim": {"config", "plan"},
     "curves": {"metrics.sinks", "pictures"},
     "gallery": {"config", "data"},
@@ -92,7 +97,7 @@ ARROWS: dict[str, set[str]] = {
     "guard": {"state"},
     "model": {"config", "keyed", "presets"},
     "data": {"config", "presets"},
-    "metrics": {"config", "presets"},
+    "metrics": {"config", "presets", "run_folder"},
     "config_load": _SETTINGS,
     "plan": {"config", "presets"},
     "config": {"config_base", "config_cluster", "config_data", "config_model", "config_task", "presets"},

@@ -1,13 +1,16 @@
 """The collapse gauges equal their definitions, on one process and split over ranks, and read as they should at the extremes."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
-from nepa_dist.metrics.collapse import collapse_metrics, tensor_metrics
+from nepa_dist.metrics.collapse import collapse_gauges, collapse_metrics, spectral_metrics, tensor_metrics
 from nepa_dist.metrics.registry import lookup
+from nepa_dist.metrics.spread import spread_metrics
+from nepa_dist.tasks.regularizers import random_directions, sigreg
 
 
 def batch(seed=0, shape=(6, 7, 12)):
@@ -20,7 +23,7 @@ def batch(seed=0, shape=(6, 7, 12)):
 
 
 def brute_force(x):
-    """The three gauges of [n, D], straight from their definitions."""
+    """The gauges of [n, D], straight from their definitions."""
     x = x.double()
     unit = normalize(x, dim=1)
     cosines = unit @ unit.T
@@ -31,6 +34,7 @@ def brute_force(x):
     return {
         "embedding_mean_cosine": off_diagonal.mean(),
         "embedding_std_ratio": unit.std(0, correction=0).mean() * x.shape[1] ** 0.5,
+        "embedding_rms": x.square().mean().sqrt(),
         "embedding_effective_rank": torch.exp(-(share * share.log()).sum()),
     }
 
@@ -219,3 +223,60 @@ def test_inputs_may_be_half_precision_and_need_a_gradient():
 def test_wrong_shapes_are_an_error(shapes):
     with pytest.raises(ValueError, match=r"\[B, P, D\]"):
         collapse_metrics(*(torch.zeros(shape) for shape in shapes))
+
+
+def test_rankme_equals_its_definition():
+    pred, target, current = batch()
+    singular = torch.linalg.svdvals(target.flatten(0, 1).double())
+    share = singular / singular.sum() + 1e-7
+    expected = torch.exp(-(share * share.log()).sum())
+    torch.testing.assert_close(collapse_metrics(pred, target, current)["embedding_rankme.target"], expected, rtol=1e-6, atol=0)
+
+
+def test_cross_image_cosine_equals_its_definition():
+    pred, target, current = (x.double() for x in batch())
+    B = len(pred)
+    pairs = [cosine_similarity(pred[i], target[j], dim=-1).mean() for i in range(B) for j in range(B) if i != j]
+    found = collapse_metrics(pred, target, current)["cross_image_cosine"]
+    torch.testing.assert_close(found, torch.stack(pairs).mean(), rtol=1e-9, atol=1e-12)
+
+
+def test_one_embedding_per_image_is_described_too():
+    pred, target, current = batch()
+    pooled = pred.mean(1)
+    gauges, spectra = collapse_gauges(pred, target, current, pooled=pooled)
+    expected = brute_force(pooled)
+    for key, value in (gauges | spectral_metrics(spectra)).items():
+        if key.endswith(".pooled") and "rankme" not in key:
+            torch.testing.assert_close(value, expected[key.removesuffix(".pooled")], rtol=1e-6, atol=1e-9, msg=key)
+
+
+def uniformity(x):
+    unit = normalize(x.double(), dim=1)
+    distances = torch.cdist(unit, unit)[~torch.eye(len(x), dtype=torch.bool)]
+    return torch.exp(-2 * distances.square()).mean().log()
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.5, 5.0])
+def test_uniformity_is_near_its_definition(spread):
+    x = 1 + spread * torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    found = spread_metrics(x, seed=3)["embedding_uniformity"]
+    assert float(found) == pytest.approx(float(uniformity(x)), abs=0.12)
+
+
+def test_sigreg_is_that_of_the_regulariser_and_tells_a_gaussian_from_a_constant():
+    x = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))
+    assert spread_metrics(x, seed=3)["embedding_sigreg"] < 1e-3
+    assert spread_metrics(0 * x, seed=3)["embedding_sigreg"] == pytest.approx(0.2, abs=0.02)
+    directions = random_directions(16, 256, seed=0, device=torch.device("cpu"))
+    ours, theirs = spread_metrics(2 * x + 1, seed=3)["embedding_sigreg"], sigreg(2 * x + 1, directions)
+    assert ours == pytest.approx(float(theirs), rel=0.05)
+
+
+def test_the_spread_does_not_depend_on_the_ranks():
+    x = batch(shape=(1, 90, 12))[1][0]
+    expected = spread_metrics(x, seed=5)
+    for metrics in on_ranks(partial(spread_metrics, seed=5), [(part,) for part in x.split([20, 25, 0, 45])]):
+        for key, value in metrics.items():
+            assert lookup(f"{key}.target")
+            torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-9, msg=key)

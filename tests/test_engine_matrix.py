@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_engines import assert_equal, make, plain, snapshot, update  # noqa: F401 - a fixture among them
 
 from spawn import run_ranks
+from test_engines import assert_equal, make, plain, snapshot, update  # noqa: F401 - a fixture among them
 
 NAMES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 PLACES = [(name, ranks) for name in NAMES for ranks in (1, 2, 4)]

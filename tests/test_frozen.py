@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_engines import Saved, make, snapshot, update
 
 from nepa_dist.engines import zero
 from nepa_dist.engines.base import StateMismatchError
 from nepa_dist.tasks.base import HEAD_LAYER, layer_of
 from nepa_dist.tasks.pretrain import PretrainTask
 from spawn import run_ranks
+from test_engines import Saved, make, snapshot, update
 
 FROZEN = {
     "embedding": ("backbone.patch_embed.",),

@@ -28,10 +28,13 @@ def test_declarations_follow_the_prometheus_conventions(metric):
     assert re.fullmatch(r"[a-z][a-z0-9_]*", metric.name)
     assert prometheus_name(metric) == f"nepa_{metric.name}"
     assert (metric.kind == "counter") == metric.name.endswith("_total")
-    assert (metric.unit == "seconds") == metric.name.endswith("_seconds")
-    assert (metric.unit == "bytes") == metric.name.endswith("_bytes")
+    base = metric.name.removesuffix("_total")
+    assert (metric.unit == "seconds") == base.endswith("_seconds")
+    assert (metric.unit == "bytes") == base.endswith("_bytes")
+    assert (metric.kind == "histogram") == bool(metric.buckets)
     assert metric.help.endswith(".")
-    assert (metric.label is None) == (not metric.label_values)
+    assert (metric.label in (None, "rank")) == (not metric.label_values)
+    assert (metric.label == "rank") == (metric.ranks == "rank")
     assert METRICS[metric.name] is metric
 
 
@@ -58,6 +61,22 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(key, nearest):
         lookup(key)
     assert repr(key) in caught.value.args[0]
     assert f"did you mean '{nearest}" in caught.value.args[0]
+
+
+def test_a_rank_is_any_number():
+    assert lookup("straggler_score.511") == (METRICS["straggler_score"], "511")
+    for key in ("straggler_score.a", "straggler_score", "straggler_score.-1"):
+        with pytest.raises(KeyError):
+            lookup(key)
+
+
+def test_there_are_enough_families_and_few_series():
+    assert len(METRICS) >= 60
+    series = 0
+    for metric in METRICS.values():
+        per_key = len(metric.buckets) + 3 if metric.kind == "histogram" else 1
+        series += 512 if metric.label == "rank" else per_key * max(1, len(metric.label_values))
+    assert series <= 5000
 
 
 def test_every_sink_has_a_failure_counter():

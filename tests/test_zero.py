@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_engines import BATCH, Saved, assert_equal, make, snapshot, update
 
 from nepa_dist.config import ConfigError, EngineConfig
 from nepa_dist.engines import zero
 from nepa_dist.engines.base import StateMismatchError
 from nepa_dist.engines.mesh import join_world, leave_world
 from spawn import run_ranks
+from test_engines import BATCH, Saved, assert_equal, make, snapshot, update
 
 ZERO = ("zero1", "zero2", "zero3")
 PRECISIONS = ("fp32", "bf16_autocast", "bf16_params")

@@ -25,12 +25,14 @@ one that is frozen. Full tensors in fp32."""
 
 
 class StepResult(NamedTuple):
-    """What one optimizer update did; both stay on the device."""
+    """What one optimizer update did; all of it stays on the device."""
 
     grad_norm: Tensor
     """Global L2 norm before clipping, 0-d fp32."""
     applied: Tensor
     """1 if the weights moved, 0 if the step was skipped because the norm was not finite; 0-d fp32."""
+    gauges: Mapping[str, Tensor] = {}
+    """Of an observed step, by metric name; see :class:`nepa_dist.engines.census.Census`."""
 
 
 class NamedStateSource(Protocol):
@@ -62,8 +64,12 @@ class Engine(Protocol):
         """Add the gradient of ``loss / grad_accum_steps``; at the last micro-batch, average it over the ranks."""
         ...
 
-    def step(self) -> StepResult:
-        """Clip, update weights and averages unless the norm is not finite, clear the gradients."""
+    def step(self, *, observe: bool = False) -> StepResult:
+        """Clip, update weights and averages unless the norm is not finite, clear the gradients.
+
+        Args:
+            observe: take the gauges of the step as well.
+        """
         ...
 
     def named_state(self) -> Iterator[tuple[str, ParameterState]]:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nepa_dist.config import Config
 from nepa_dist.engines.base import NamedStateSource, ParameterState, StepResult, check_state, copy_state, gradient_norm
+from nepa_dist.engines.census import Census, whole
 from nepa_dist.engines.native import NativeEngine, in_bf16, swap
 from nepa_dist.optim import AdamWEMA, param_groups
 from nepa_dist.plan import Plan
@@ -46,6 +47,7 @@ class DDPEngine(NativeEngine):
         super().__init__(task, config, plan, device)
         groups = param_groups(task.named_parameters(), config.optim.weight_decay, task.lr_layer)
         self._optimizer = AdamWEMA(groups, config.optim)
+        self._census = Census(whole(task.named_parameters()), device, None)
         self._root = _Bf16Copy(self._task) if self._bf16 else self._task
         if dist.is_initialized() and dist.get_world_size() > 1:
             devices = [device] if device.type == "cuda" else None
@@ -59,10 +61,10 @@ class DDPEngine(NativeEngine):
             self._root.require_backward_grad_sync = enabled
 
     @torch.no_grad()
-    def step(self) -> StepResult:
+    def step(self, *, observe: bool = False) -> StepResult:
         """Clip, update unless the norm is not finite, clear."""
         parameters = list(self._task.parameters())
-        return self._update(parameters, gradient_norm(parameters))
+        return self._update(parameters, gradient_norm(parameters), observe=observe)
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         return {"weight": parameter.detach(), **self._optimizer.state.get(parameter, {})}

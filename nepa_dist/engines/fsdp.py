@@ -27,6 +27,7 @@ from nepa_dist.engines.base import (
     copy_state,
     gradient_norm,
 )
+from nepa_dist.engines.census import Census, whole
 from nepa_dist.engines.native import NativeEngine, swap
 from nepa_dist.optim import AdamWEMA, param_groups
 from nepa_dist.plan import Plan
@@ -57,6 +58,7 @@ class FSDPEngine(NativeEngine):
         }
         groups = param_groups(self._shards.items(), config.optim.weight_decay, task.lr_layer)
         self._optimizer = AdamWEMA(groups, config.optim)
+        self._census = Census(whole(self._shards.items()), device, self._shard_group)
 
     def _refresh(self) -> None:
         """Point the optimizer's tensors at the storage of the shards: FSDP moves uneven ones at its first forward."""
@@ -68,7 +70,7 @@ class FSDPEngine(NativeEngine):
         cast(FSDPModule, self._task).set_requires_gradient_sync(enabled)
 
     @torch.no_grad()
-    def step(self) -> StepResult:
+    def step(self, *, observe: bool = False) -> StepResult:
         """Clip, update unless the norm is not finite, clear."""
         self._refresh()
         for name, parameter in self._parameters.items():
@@ -78,7 +80,7 @@ class FSDPEngine(NativeEngine):
         squares = gradient_norm(shards).square()
         dist.all_reduce(squares, group=self._shard_group)
         self._task.zero_grad(set_to_none=True)  # the shards hold what the update needs
-        return self._update(shards, squares.sqrt())
+        return self._update(shards, squares.sqrt(), observe=observe)
 
     def _state(self, name: str) -> dict[str, Tensor]:
         """Local shards of one parameter's state; ``step`` is whole."""

@@ -35,6 +35,12 @@ class World(NamedTuple):
             dist.all_reduce(tensor)
         return tensor
 
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        """Largest over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
     def gather(self, value: ValueT) -> list[ValueT]:
         """The values of all ranks, in rank order."""
         if self.world_size == 1:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nepa_dist.config import Config
 from nepa_dist.engines.base import StepResult
+from nepa_dist.engines.census import Census
 from nepa_dist.engines.prepare import prepare
 from nepa_dist.optim import AdamWEMA
 from nepa_dist.plan import Plan
@@ -34,6 +35,7 @@ class NativeEngine(ABC):
     _root: nn.Module
     """The module that is called: the task, or what wraps it."""
     _optimizer: AdamWEMA
+    _census: Census
 
     def __init__(self, task: Task, config: Config, plan: Plan, device: torch.device) -> None:
         self._task = task.to(device)
@@ -88,19 +90,20 @@ class NativeEngine(ABC):
 
     def close(self) -> None:
         """Drop the model before the process group ends: a living DDP module can abort a finished process at exit."""
-        del self._root, self._optimizer, self._task
+        del self._root, self._optimizer, self._task, self._census
         gc.collect()
 
-    def _update(self, parameters: Sequence[Tensor], norm: Tensor) -> StepResult:
+    def _update(self, parameters: Sequence[Tensor], norm: Tensor, *, observe: bool) -> StepResult:
         """Clip the gradients of ``parameters`` by their global norm and update, unless the norm is not finite."""
         applied = norm.isfinite().float()
         if self._clip is not None:
             torch.nn.utils.clip_grads_with_norm_(list(parameters), self._clip, norm)
         self._optimizer.found_inf = 1 - applied
+        self._optimizer.observe = self._census.add if observe else None
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._micro = 0
-        return StepResult(norm, applied)
+        return StepResult(norm, applied, self._census.take(norm, self._clip) if observe else {})
 
 
 def in_bf16(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ from nepa_dist.engines.base import (
     check_state,
     copy_state,
 )
+from nepa_dist.engines.census import Census, Part
 from nepa_dist.engines.native import in_bf16, swap
 from nepa_dist.engines.prepare import prepare
 from nepa_dist.optim import AdamWEMA, param_groups
@@ -112,6 +113,9 @@ class ZeroEngine:
             for name, piece in self._pieces.items():
                 piece.of_flat(piece.flat.detach()).copy_(piece.of_parameter(initial[name]))
         self._optimizer.begin(self._flats)
+        parts = (Part(name, p.flat, p.offset, p.numel) for name, p in self._pieces.items() if name not in self._frozen)
+        self._census = Census(parts, device, dist.group.WORLD)
+        self._clip = config.optim.clip_grad_norm
 
     def _lay_out(self, groups: Sequence[Mapping[str, Any]]) -> tuple[list[Tensor], dict[str, Piece]]:
         """The optimizer's flat tensors, and where each parameter lies in them."""
@@ -160,14 +164,16 @@ class ZeroEngine:
         self._micro += 1
         self._engine.backward(loss / self._accum, scale_wrt_gas=False)
 
-    def step(self) -> StepResult:
+    def step(self, *, observe: bool = False) -> StepResult:
         """Clip, update unless the norm is not finite, clear."""
+        self._optimizer.observe = self._census.add if observe else None
         self._engine.step()
         self._micro = 0
         # A tensor of either precision, or a Python number where a step was skipped.
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._device)
         applied = torch.tensor(float(self._engine.was_step_applied()), device=self._device)
-        return StepResult(norm.reshape(()), applied)
+        norm = norm.reshape(())
+        return StepResult(norm, applied, self._census.take(norm, self._clip) if observe else {})
 
     def _fields(self, flat: Tensor) -> dict[str, Tensor]:
         return {"weight": flat.detach(), **self._optimizer.state[flat]}
@@ -260,7 +266,7 @@ class ZeroEngine:
                 del attributes[name]  # they lead to all of DeepSpeed's memory for as long as the task lives
         parameter_offload.FWD_MODULE_STACK.clear()  # zero3 puts the module there and never takes it away
         groups._WORLD_GROUP = None  # belongs to this process group, which may end before the next engine
-        del self._engine, self._optimizer, self._flats, self._pieces, self._frozen, self._task, self._attributes
+        del self._engine, self._optimizer, self._census, self._flats, self._pieces, self._frozen, self._task, self._attributes
         gc.collect()
 
 

@@ -23,13 +23,14 @@ class Meter:
 
     Args:
         sinks: where values go; their names differ and are in ``registry.SINKS``.
+        failed: names of sinks that could not even be opened; they count as one failure each.
 
     Raises:
         KeyError: a sink's name is not in the registry.
         ValueError: two sinks have the same name.
     """
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
+    def __init__(self, sinks: Sequence[Sink], *, failed: Sequence[str] = ()) -> None:
         self._sinks = list(sinks)
         self._failures = {sink.name: 0 for sink in sinks}
         if len(self._failures) != len(self._sinks):
@@ -38,9 +39,10 @@ class Meter:
             registry.lookup(_failure_key(name))
         self._reported: dict[str, int] = {}
         self._consecutive = dict(self._failures)
+        self._failures |= dict.fromkeys(failed, 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Pass the values of one step to every sink.
+        """Pass the values of one step to every sink; those of single ranks go to the endpoint alone.
 
         Args:
             step: optimizer steps done.
@@ -55,8 +57,9 @@ class Meter:
         changed = {name: count for name, count in self._failures.items() if self._reported.get(name) != count}
         row |= {_failure_key(name): float(count) for name, count in changed.items()}
         self._reported |= changed
+        of_run = {key: value for key, value in row.items() if registry.lookup(key)[0].label != "rank"}
         for sink in self._working():
-            if self._try(sink, partial(sink.write, step, row)):
+            if self._try(sink, partial(sink.write, step, row if sink.name == "prometheus" else of_run)):
                 self._consecutive[sink.name] = 0
 
     def event(self, message: str) -> None:

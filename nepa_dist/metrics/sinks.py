@@ -40,8 +40,9 @@ class JsonlSink:
     """Append one line per call to a JSONL file whose steps never go back, also over restarts.
 
     Opening the file takes out what a resumed run will do again: lines after ``resume_step``, and lines cut off by a crash,
-    are moved to the end of ``<stem>.superseded.jsonl`` beside it (``num_superseded`` counts them). The file is replaced in
-    one step, so a crash while opening loses nothing. A line that cannot be written in full is taken back.
+    are moved to the end of ``<stem>.superseded.jsonl`` beside it (``num_superseded`` counts them, ``superseded_step`` is the
+    last step of them). The file is replaced in one step, so a crash while opening loses nothing. A line that cannot be written
+    in full is taken back.
 
     Args:
         path: the file; made if missing, with its folder.
@@ -56,6 +57,7 @@ class JsonlSink:
     def __init__(self, path: str | Path, resume_step: int) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.superseded_step = resume_step
         self.num_superseded = self._supersede(resume_step)
         self._file = self.path.open("ab", buffering=0)
         self._last_step = resume_step
@@ -103,6 +105,7 @@ class JsonlSink:
         for line in lines:
             step = _step_of(line)
             (kept if step is not None and step <= resume_step else moved).append(line)
+            self.superseded_step = max(self.superseded_step, step or 0)
         if moved:
             _append_durably(self.path.with_suffix(f".superseded{self.path.suffix}"), moved)
         remaining = b"".join(line + b"\n" for line in kept)

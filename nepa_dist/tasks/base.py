@@ -29,6 +29,15 @@ class Scores(NamedTuple):
     """CSV with a header and one line for each class."""
 
 
+class Health(NamedTuple):
+    """Gauges of the representation."""
+
+    gauges: dict[str, Tensor]
+    """0-d, by metric name, equal on all ranks."""
+    spectra: dict[str, Tensor]
+    """What :func:`nepa_dist.metrics.collapse.spectral_metrics` needs for the rest, by the label of the embeddings."""
+
+
 class Task(nn.Module, ABC):
     """A backbone, a head, and the loss that trains them.
 
@@ -43,6 +52,8 @@ class Task(nn.Module, ABC):
     head: nn.Module
     weighs = False
     """Whether micro-batches count differently in the mean over the global batch, by :meth:`weight`."""
+    looked_into = False
+    """While true, pretraining's forward gives its predictions, as ``hidden`` [B, T, D] in the logs, and no loss."""
 
     def __init__(self, model: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -94,9 +105,14 @@ class Task(nn.Module, ABC):
         """How many times layer decay applies to a parameter, by its name; HEAD_LAYER for the head's own rate."""
         return 0
 
-    def health(self, all_reduce: AllReduce | None = None) -> dict[str, Tensor]:
-        """Gauges of the representation from the last observed step, 0-d tensors by metric name. A collective."""
-        return {}
+    def health(self, all_reduce: AllReduce | None = None, *, audit_seed: int | None = None) -> Health:
+        """Gauges of the representation from the last observed step. A collective; waits for no device.
+
+        Args:
+            all_reduce: sums a tensor over ranks; None in one process.
+            audit_seed: take the costly gauges too, whose random projections it keys.
+        """
+        return Health({}, {})
 
     def measure(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What one validation batch adds to the sums over the split, by name. In evaluation mode, without gradients.

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from nepa_dist.config import ModelConfig, ObjectiveConfig
 from nepa_dist.keyed import keyed_seed
-from nepa_dist.metrics.collapse import AllReduce, collapse_metrics
+from nepa_dist.metrics.collapse import AllReduce, collapse_gauges
+from nepa_dist.metrics.spread import spread_metrics
 from nepa_dist.model import init_weights
-from nepa_dist.tasks.base import Task
+from nepa_dist.tasks.base import Health, Task
 from nepa_dist.tasks.regularizers import random_directions, sigreg, vicreg
 
 SIGREG_DIRECTIONS = 256
@@ -93,7 +94,7 @@ class PretrainTask(Task):
         self.head = PretrainHead(model.embed_dim, self.objective.mask_ratio)
         init_weights(self.head, seed, std=model.init_std)
         self._observe = False
-        self._observed: tuple[Tensor, Tensor, Tensor] | None = None
+        self._observed: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._draw_directions(0, torch.device("cpu"))
 
     def begin_step(self, step: int, *, observe: bool) -> None:
@@ -111,9 +112,11 @@ class PretrainTask(Task):
             causal=objective.causal,
             drop_last=objective.drops_last_token,
             rope_scale=self._rope_scale(batch["images"].device),
-            corrupt=self.head if objective.mask_ratio > 0 else None,
+            corrupt=self.head if objective.mask_ratio > 0 and not self.looked_into else None,
         )
         embed, hidden = features.embed, features.hidden
+        if self.looked_into:
+            return hidden.new_zeros(()), {"hidden": hidden}
         loss = next_embedding_loss(hidden, embed, shift=objective.shift, stop_grad=objective.stop_grad)
         logs = {}
         if objective.anti_collapse != "none":
@@ -123,7 +126,7 @@ class PretrainTask(Task):
         if self._observe:
             prediction, target = align(hidden.detach(), embed.detach(), shift=objective.shift)
             # What stands at the predicting position, for the baseline that copies it.
-            self._observed = (prediction, target, embed.detach()[:, : target.shape[1]])
+            self._observed = (prediction, target, embed.detach()[:, : target.shape[1]], prediction.mean(1))
         return loss, logs
 
     def _draw_directions(self, step: int, device: torch.device) -> None:
@@ -137,10 +140,15 @@ class PretrainTask(Task):
                 return vicreg(tokens)
             return sigreg(tokens, self._directions.to(tokens.device))
 
-    def health(self, all_reduce: AllReduce | None = None) -> dict[str, Tensor]:
+    def health(self, all_reduce: AllReduce | None = None, *, audit_seed: int | None = None) -> Health:
         """Collapse gauges and skill of the last observed step; see :meth:`Task.health`."""
         if self._observed is None:
-            return {}
-        prediction, target, current = self._observed
+            return Health({}, {})
+        prediction, target, current, pooled = self._observed
         self._observed = None
-        return collapse_metrics(prediction, target, current, all_reduce=all_reduce)
+        gauges, spectra = collapse_gauges(prediction, target, current, pooled=pooled, all_reduce=all_reduce)
+        if audit_seed is not None:
+            for name, x in (("target", target.flatten(0, 1)), ("pred", prediction.flatten(0, 1)), ("pooled", pooled)):
+                spread = spread_metrics(x, seed=audit_seed, all_reduce=all_reduce)
+                gauges |= {f"{key}.{name}": value for key, value in spread.items()}
+        return Health(gauges, spectra)
