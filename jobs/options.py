@@ -100,7 +100,13 @@ def add_stage_options(parser: argparse.ArgumentParser) -> None:
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--name", help="name of the run; default: <task>-<recipe>[-<data>]. Its folder is runs/NAME")
     place.add_argument("--run-dir", metavar="DIR", help="the run folder itself, in place of runs/NAME")
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="more settings (YAML); repeatable")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="more settings (YAML file, or a name such as ablate/no_shift); repeatable",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; repeatable")
 
 
@@ -137,7 +143,7 @@ def collect_layers(args: argparse.Namespace) -> tuple[Layers, list[str]]:
     add("cluster", "cluster", default_cluster(args))
     if args.engine is not None:
         add("engine", "engine", args.engine)
-    files += map(Path, args.config)
+    files += map(_config_file, args.config)
     override("cluster.nodes", args.nodes)
     override("cluster.gpus_per_node", args.gpus_per_node)
     for name in _RESOURCES:
@@ -151,6 +157,12 @@ def collect_layers(args: argparse.Namespace) -> tuple[Layers, list[str]]:
         override("run_root", str(run_dir.parent))
         override("name", run_dir.name)
     return Layers(files, [*overrides, *args.set], base), problems
+
+
+def _config_file(text: str) -> Path:
+    """The file that ``--config`` names: a path, or ``ablate/no_shift`` for one in configs/."""
+    own = CONFIGS / f"{text}.yaml"
+    return own if not Path(text).exists() and own.exists() else Path(text)
 
 
 def _known(folder: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 if not __package__:  # started as a file: the folder above holds both packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from jobs import pipeline
+from jobs import pipeline, sweep
 from jobs.checks import Checked, check_stage
 from jobs.cluster import USER_ERROR
 from jobs.findings import Finding, table
@@ -35,6 +35,7 @@ examples:
   python jobs/submit.py pretrain vit_s --data digits --config configs/ablate/no_shift.yaml --name no-shift
   python jobs/submit.py pretrain vit_s --data digits --set optim.base_lr=1e-3 --set steps=500
   python jobs/submit.py pipeline vit_tiny --data digits                  pretrain, then fine-tune and segment from it
+  python jobs/submit.py sweep objective_digits                           variants of a pipeline, compared in a table
 
 other commands:
   python jobs/submit.py prepare SOURCE OUT [--array 16]                  pack a data set into shards, here or as SLURM jobs
@@ -42,7 +43,7 @@ other commands:
 
 The same command again resumes the run. Exit codes: 0 finished, 75 stopped after saving, 2 a mistake to correct, others failed.
 """
-COMMANDS = (*TASKS, "pipeline", "prepare", "doctor")
+COMMANDS = (*TASKS, "pipeline", "sweep", "prepare", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_stage(command, rest)
     if command == "pipeline":
         code, problems = pipeline.main(rest)
+        return refuse(problems) if problems else code
+    if command == "sweep":
+        code, problems = sweep.main(rest)
         return refuse(problems) if problems else code
     if command == "doctor":
         from jobs import doctor

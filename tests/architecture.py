@@ -49,6 +49,7 @@ ARROWS: dict[str, set[str]] = {
         "guard",
         "memory",
         "metrics.sinks",
+        "pictures",
         "report",
         "run_folder",
         "train",
