@@ -148,8 +148,8 @@ def write_table(root: Path) -> list[Path]:
     summary = read_summary(root)
     rows = read_rows(root, summary)
     pictures = [root / name for name in ("scores.png", *_loss_names(rows)) if (root / name).exists()]
-    table = markdown_table(_head(summary, rows), (_cells(row) for row in rows))
-    lines = [f"# {summary.title or root.name}", "", *table]
+    head, *cells = _cells(summary, rows)
+    lines = [f"# {summary.title or root.name}", "", *markdown_table(head, iter(cells))]
     if reasons := list(_reasons(rows)):
         lines += ["", *(f"- {reason}" for reason in reasons)]
     for path in pictures:
@@ -173,22 +173,23 @@ def show(root: Path) -> list[str]:
     """The table for a terminal, and what else is to be said."""
     summary = read_summary(root)
     rows = read_rows(root, summary)
-    cells = [_head(summary, rows), *(_cells(row) for row in rows)]
+    cells = _cells(summary, rows)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     return [*lines, *_reasons(rows)]
 
 
-def _head(summary: Summary, rows: Sequence[Row]) -> list[str]:
-    losses = [f"{run.stage} loss" for run in rows[0].runs]
-    return ["variant", f"{summary.score}, %", "published, %", "difference", "state", *losses]
-
-
-def _cells(row: Row) -> list[str]:
-    score = FAILS if row.has_failed else _number(row.score, 2)
-    published = row.published if isinstance(row.published, str) else _number(row.published, 1)
-    losses = [_number(run.progress.loss, 4) for run in row.runs]
-    return [row.variant, score, published, _number(row.difference, 2, sign=True), row.state, *losses]
+def _cells(summary: Summary, rows: Sequence[Row]) -> list[list[str]]:
+    """The lines of the table, the head first; what others report only where somebody does."""
+    with_published = any(row.published is not None for row in rows)
+    others = ["published, %", "difference"] if with_published else []
+    lines = [["variant", f"{summary.score}, %", *others, "state", *(f"{run.stage} loss" for run in rows[0].runs)]]
+    for row in rows:
+        score = FAILS if row.has_failed else _number(row.score, 2)
+        published = row.published if isinstance(row.published, str) else _number(row.published, 1)
+        others = [published, _number(row.difference, 2, sign=True)] if with_published else []
+        lines.append([row.variant, score, *others, row.state, *(_number(run.progress.loss, 4) for run in row.runs)])
+    return lines
 
 
 def _reasons(rows: Sequence[Row]) -> Iterator[str]:
