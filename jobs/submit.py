@@ -35,7 +35,7 @@ examples:
   python jobs/submit.py pretrain vit_s --data digits --config configs/ablate/no_shift.yaml --name no-shift
   python jobs/submit.py pretrain vit_s --data digits --set optim.base_lr=1e-3 --set steps=500
   python jobs/submit.py pipeline vit_tiny --data digits                  pretrain, then fine-tune and segment from it
-  python jobs/submit.py sweep ablate_digits                              variants side by side, one table at the end
+  python jobs/submit.py sweep objective_digits                           variants of a pipeline, compared in a table
 
 other commands:
   python jobs/submit.py probe RUN                                        what the features of a pretraining run are worth
