@@ -267,7 +267,6 @@ def test_a_start_with_another_model_is_found_before_the_pretraining(
         (["missing.yaml"], "cannot read missing.yaml"),
         (["objective", "--variants", "no_shfit"], "--variants: no variant 'no_shfit'; did you mean 'no_shift'"),
         (["objective", "--stages", "segment"], "--stages: no stage 'segment'"),
-        (["objective_digits", "--cluster", "slurm"], "SLURM"),
     ],
 )
 def test_a_command_that_cannot_be_is_refused(
@@ -275,6 +274,23 @@ def test_a_command_that_cannot_be_is_refused(
 ) -> None:
     assert submit.main(["sweep", *args]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_on_slurm_each_stage_is_an_array_that_follows_the_one_before(
+    trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Run by run; a shared stage is awaited by all."""
+    assert run("--cluster", "slurm", "--set", "cluster.gpus_per_node=1", "--print") == 0
+    pretrain, finetune = capsys.readouterr().out.split("# ---- ")[1:]
+    assert "#SBATCH --array=0-2" in pretrain
+    assert "dependency" not in pretrain
+    assert "#SBATCH --dependency=aftercorr:JOB-OF-pretrain" in finetune
+    assert finetune.index("default/finetune") < finetune.index("no_shift/finetune") < finetune.index("sigreg/finetune")
+    assert run("--cluster", "slurm", "--print", variants=FREEZE, shared=["pretrain"]) == 0
+    pretrain, finetune = capsys.readouterr().out.split("# ---- ")[1:]
+    assert "shared/pretrain" in pretrain
+    assert "#SBATCH --dependency=afterok:JOB-OF-pretrain" in finetune
+    assert trainer.runs == []
 
 
 def test_a_dry_run_describes_all_runs_and_touches_nothing(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
