@@ -7,7 +7,7 @@ task: pretrain                  # the command
 recipe: vit_tiny
 options: "--data digits"        # for all variants, as on the command line
 score: linear                   # what they are compared by; default: loss
-probe: "--num-train 2000"       # measure the features of each, for the scores linear and knn; options of nepa_dist.evaluate
+probe: "--num-train 2000"       # measure the features of each, for linear, knn_20, ...; options of nepa_dist.evaluate
 variants:
   baseline: {published: 76.8}   # what others report, in the unit of the score (percent, for a share)
   no_shift: {options: "--config ablate/no_shift"}

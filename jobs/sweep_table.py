@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from jobs.pipeline_report import markdown_table
-from jobs.runs import SCORES, read_outcome, read_progress, read_scores
+from jobs.runs import read_outcome, read_progress, read_scores
 from nepa_dist.metrics.sinks import read_curve
 from nepa_dist.run_folder import write_text
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 SPEC = "sweep.yaml"
 """In the folder of a sweep: what it consists of."""
-_SHARES = (*SCORES, "linear", "knn")
-"""Scores that are shown in percent, as papers give them."""
 
 
 class Row(NamedTuple):
@@ -61,7 +59,7 @@ def write_table(root: Path) -> list[Path]:
     """Write table and pictures of the sweep in a folder; returns their paths."""
     spec = yaml.safe_load((root / SPEC).read_text(encoding="utf-8"))
     score, rows = str(spec.get("score", "loss")), read_rows(root, spec)
-    columns = [name for name in _SHARES if any(name in row.scores for row in rows)]
+    columns = list(dict.fromkeys(name for row in rows for name in row.scores))
     with_published = any(row.published is not None for row in rows)
     head = ["variant", "state", "step", "loss", *columns, *(["published", "difference"] if with_published else [])]
     cells = [_cells(row, columns, score, with_published) for row in rows]

@@ -24,6 +24,9 @@ variants:
 """
 
 
+TOP1 = {"linear": 0.5, "knn_20": 0.25}
+
+
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Trainer:
     """Nothing trains; a probe finds 50 % and what is in its options is noted."""
@@ -32,7 +35,7 @@ def trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Trainer:
     monkeypatch.setattr(cluster, "run_local", stand_in)
 
     def probe_here(run: Path, words: list[str]) -> int:
-        (run / "evaluation.json").write_text(json.dumps({"step": 4, "trained": [{"linear": 0.5, "knn": 0.25}], "words": words}))
+        (run / "evaluation.json").write_text(json.dumps({"step": 4, "trained": [{"top1": TOP1}], "words": words}))
         return 0
 
     monkeypatch.setattr(sweep, "probe_here", probe_here)
@@ -58,7 +61,7 @@ def test_all_variants_run_and_end_in_a_table_and_pictures(trainer: Trainer, tmp_
         "step": "4",
         "loss": "0.2500",
         "linear": "50.00",
-        "knn": "25.00",
+        "knn_20": "25.00",
         "published": "76.80",
         "difference": "-26.80",
     }

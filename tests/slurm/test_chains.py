@@ -63,8 +63,8 @@ SWEEP = """\
 task: pretrain
 recipe: vit_tiny
 options: "--data digits --gpus-per-node 1 --set model.depth=1 --set optim.warmup_steps=1 --set steps=2 --set metrics.every=1"
-score: knn
-probe: "--num-train 40 --num-test 20"
+score: knn_5
+probe: "--num-train 40 --num-test 20 --probes knn --k 5 --no-untrained"
 variants:
   baseline: {published: 50}
   no_shift: {options: "--config ablate/no_shift", published: 10.5}
@@ -84,8 +84,8 @@ def test_a_sweep_of_four_is_one_array_with_a_table_at_the_end(desk: Desk) -> Non
     rows = list(csv.DictReader((desk.run("s") / "table.csv").open()))
     assert [row["variant"] for row in rows] == ["baseline", "no_shift", "no_causal", "bad"]
     assert [row["state"] for row in rows[:3]] == ["finished"] * 3
-    assert all(0 <= float(row["knn"]) <= 100 for row in rows[:3])
-    assert float(rows[0]["difference"]) == pytest.approx(float(rows[0]["knn"]) - 50, abs=0.011)
+    assert all(0 <= float(row["knn_5"]) <= 100 for row in rows[:3])
+    assert float(rows[0]["difference"]) == pytest.approx(float(rows[0]["knn_5"]) - 50, abs=0.011)
     for name in ("table.md", "figures/loss.png", "figures/scores.png"):
         assert (desk.run("s") / name).stat().st_size > 100
     again = desk.submit(*words)
