@@ -14,7 +14,7 @@ from pathlib import Path
 if not __package__:  # started as a file: the folder above holds both packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from jobs import control, pipeline, probe, status, sweep
+from jobs import control, doctor_nodes, pipeline, probe, status, sweep
 from jobs.checks import Checked, check_stage
 from jobs.cluster import USER_ERROR
 from jobs.findings import Finding, table
@@ -42,6 +42,7 @@ other commands:
   python jobs/submit.py prepare SOURCE OUT [--array 16]                  pack a data set into shards, here or as SLURM jobs
   python jobs/submit.py watch RUN                                        its curves, in the terminal
   python jobs/submit.py doctor --data DATA                               can this node feed its GPUs with this data?
+  python jobs/submit.py doctor --nodes N                                 are these nodes fit to train together, or which is bad?
   python jobs/submit.py status [RUN ...]                                 where each run stands, and why
   python jobs/submit.py logs RUN [-f] [--rank R]                         what it says
   python jobs/submit.py stop RUN | cancel RUN | resume RUN               save and end | end at once | go on
@@ -87,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return watch.main(rest)
     if command == "doctor":
+        if any(word.partition("=")[0] == "--nodes" for word in rest):
+            return doctor_nodes.main(rest)
         from jobs import doctor
 
         return doctor.main(rest)

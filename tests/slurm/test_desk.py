@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 from pathlib import Path
+from secrets import token_hex
 
 from conftest import Desk
 
@@ -73,7 +74,8 @@ def command(name: str, *words: str) -> tuple[str, ...]:
 def copy_of_the_project(folder: Path) -> Path:
     """The working tree as another repository, which may be edited."""
     root = folder / "project"
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPO_ROOT, capture_output=True, check=True).stdout
+    everything = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(everything, cwd=REPO_ROOT, capture_output=True, check=True).stdout
     for name in filter(None, listed.decode().split("\0")):
         if (REPO_ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -114,11 +116,11 @@ def test_edited_code_does_not_change_a_job_that_waits_nor_one_that_comes_back(de
 
 
 def test_a_secret_of_the_shell_is_in_no_artefact_and_one_from_the_file_reaches_the_ranks(desk: Desk) -> None:
-    canary, other = "canary-in-the-shell-7531", "canary-in-the-file-9642"
-    secrets = desk.folder / "secrets"
-    secrets.write_text(f"MY_TOKEN={other}\n")
-    secrets.chmod(0o600)
-    desk.site.write_text(desk.site.read_text() + f"  secrets: [MY_TOKEN]\n  secrets_file: {secrets}\n")
+    canary, other = f"canary-{token_hex(8)}", f"canary-{token_hex(8)}"  # not in this file, which is part of the code
+    file = desk.folder / "secrets"
+    file.write_text(f"MY_TOKEN={other}\n")
+    file.chmod(0o600)
+    desk.site.write_text(desk.site.read_text() + f"  secrets: [MY_TOKEN]\n  secrets_file: {file}\n")
     job = desk.train("k", *LONG, nodes=1, env={"WANDB_API_KEY": canary, "MY_TOKEN": canary})
     desk.wait_for_step("k", 2)
     environments = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/environ") if _mine(path, "SLURM_JOB_ID=" + job)]
@@ -154,6 +156,15 @@ def test_a_path_with_odd_characters_is_one_word_for_sbatch_and_the_ranks(desk: D
     desk.wait_for_end(job)
     assert (folder / "run" / "job" / "attempts.jsonl").read_text().count('"why": "finished"') == 1
     assert not list(desk.folder.rglob("hit"))
+
+
+def test_the_doctor_looks_at_nodes(desk: Desk) -> None:
+    text = desk.submit("doctor", "--nodes", "2", "--gpus-per-node", "1", "--config", str(desk.site))
+    rows = [line.split() for line in text.splitlines()[1:3]]
+    assert [row[0] for row in rows] == ["0", "1"]
+    assert len({row[1] for row in rows}) == 2
+    assert "All nodes are fit" in text
+    assert list((desk.folder / "runs").iterdir()) == []
 
 
 def _mine(path: Path, mark: str) -> bool:
