@@ -3,7 +3,8 @@
 One corpus is prepared as ``keep`` (the files as they are), ``short256`` and ``raw256``; every arm of a policy reads the same
 stored pixels. Arms run one after the other, in a new process each, round by round, so that a change of the machine's load meets
 all of them. The result is the median and the range, per second of processor time (of the process and its children) and of the
-clock. Without --data, seeded pictures are generated that resemble ImageNet's: 500x375, 4:2:0, about 110 kB.
+clock; arms are compared round by round. Without --data, seeded pictures are generated that resemble ImageNet's: 500x375, 4:2:0,
+about 110 kB.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -164,10 +166,36 @@ def summary(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     return {key: {"median": median(column), "low": min(column), "high": max(column)} for key, column in columns.items()}
 
 
+def ratios(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """How many times as many images per CPU-second this project reads as each other arm gets from the same stored pixels.
+
+    Args:
+        rounds: name of the arm -> the numbers of each round.
+
+    Returns:
+        Arm -> median, lowest and highest of the rounds' ratios. In each round the slowest of this project's packed containers
+        counts. An arm whose policy was not read by this project too is left out.
+    """
+    found = {}
+    for arm in PLAN:
+        ours = [f"ours {store} {arm.policy}" for store in ("tar", "mds", "beton")]
+        ours = [name for name in ours if name in rounds]
+        if arm.arm == "ours" or arm.name not in rounds or not ours:
+            continue
+        rates = [[values["images_per_cpu_second"] for values in rounds[name]] for name in (arm.name, *ours)]
+        column = [{"ratio": min(mine) / theirs} for theirs, *mine in zip(*rates, strict=False)]
+        found[arm.name] = summary(column)["ratio"]
+    return found
+
+
 def machine() -> dict[str, Any]:
     """What the numbers depend on beside the code."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    try:
+        about = subprocess.run(["lscpu"], capture_output=True, text=True, check=True, env=os.environ | {"LC_ALL": "C"}).stdout
+    except (OSError, subprocess.CalledProcessError):
+        about = ""
+    lines = [line for line in about.splitlines() if not line.startswith(("Flags", "Vulnerability"))]
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("Model name")), platform.machine())
     versions = {}
     for package in PACKAGES:
         try:
@@ -180,6 +208,8 @@ def machine() -> dict[str, Any]:
     return {
         "processor": model,
         "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "lscpu": lines,
         "load_at_start": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "versions": versions,
@@ -194,11 +224,16 @@ def to_markdown(report: dict[str, Any]) -> str:
     lines = [
         f"# Loaders, {place['processor']}, {report['date']}",
         "",
-        f"Corpus: {report['corpus']}. {place['cores']} cores, load {place['load_at_start']} at the start. Batches of "
+        f"    {report['command']}",
+        "",
+        f"Corpus: {report['corpus']}. {place['cores']} cores, {place['memory_bytes'] / 1e9:.0f} GB, load "
+        f"{place['load_at_start']} at the start and {place['load_at_end']} at the end. Batches of "
         f"{setting['batch_size']} x {setting['image_size']}x{setting['image_size']} uint8, {setting['workers']} workers, "
         f"{setting['repeats']} rounds of {setting['seconds']} s, arms interleaved; median (lowest - highest).",
         "",
         f"Commit {place['commit']}; Python {place['python']}, {packages}.",
+        "",
+        "Memory is that of the process and its workers above what it had before, shared pages counted once.",
         "",
         "| arm | images per CPU-second | images/s | first batch, s | p99 batch, s | memory, MB |",
         "|---|---|---|---|---|---|",
@@ -210,6 +245,17 @@ def to_markdown(report: dict[str, Any]) -> str:
             f"| {name} | **{rate['median']:.0f}** ({rate['low']:.0f} - {rate['high']:.0f}) | {others[0]:.0f} | {others[1]:.2f} "
             f"| {others[2]:.3f} | {others[3] / 1e6:.0f} |"
         )
+    if report["ratios"]:
+        lines += [
+            "",
+            "How many times as many images per CPU-second: the slowest of this project's packed containers over another arm, "
+            "compared within each round.",
+            "",
+            "| over | ratio |",
+            "|---|---|",
+        ]
+    for name, ratio in report["ratios"].items():
+        lines.append(f"| {name} | **{ratio['median']:.2f}** ({ratio['low']:.2f} - {ratio['high']:.2f}) |")
     lines += [
         "",
         "Stages of this project's path, images per CPU-second in one process:",
@@ -221,6 +267,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         lines += [f"| {name} | {stage} | {rate['median']:.0f} |" for stage, rate in rates.items()]
     if report["failed"]:
         lines += ["", "Not measured:", "", *(f"- {name}: {reason}" for name, reason in report["failed"].items())]
+    if place["lscpu"]:
+        lines += ["", "The machine, as lscpu tells:", "", *(f"    {line}".rstrip() for line in place["lscpu"])]
     return "\n".join(lines) + "\n"
 
 
@@ -254,11 +302,12 @@ def benchmark(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     done = {arm.name: summary(results[arm.name]) for arm in [*plan, *stages] if arm.name in results}
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": place,
+        "machine": place | {"load_at_end": round(os.getloadavg()[0], 1)},
         "corpus": what,
         "setting": {key: getattr(args, key) for key in ("batch_size", "image_size", "workers", "repeats", "seconds")},
         "arms": {name: values for name, values in done.items() if not name.startswith("stages ")},
         "stages": {name.removeprefix("stages "): values for name, values in done.items() if name.startswith("stages ")},
+        "ratios": ratios(results),
         "failed": {name: reason for name, reason in failed.items() if not name.startswith("stages ")},
         "rounds": results,
     }
@@ -283,11 +332,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             report = benchmark(args, Path(scratch))
     else:
         report = benchmark(args, args.scratch.resolve())
+    words = sys.argv[1:] if argv is None else argv
+    report["command"] = shlex.join(["python", "-m", "benchmarks.loader", *words])
     text = to_markdown(report)
     args.out.mkdir(parents=True, exist_ok=True)
-    place = "".join(c if c.isalnum() else "-" for c in report["machine"]["processor"].lower()).strip("-")
-    kind = "images" if args.data else "generated"
-    path = args.out / f"loader_{kind}_{place[:40].strip('-')}_{report['date']}"
+    place = "".join(c if c.isalnum() else "-" for c in report["machine"]["processor"].lower())[:40].strip("-")
+    kind = args.data.resolve().name if args.data else "generated"
+    path = args.out / f"loader_{kind}_{place}-{report['machine']['cores']}core_{report['date']}"
     path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     path.with_suffix(".md").write_text(text)
     print(text)

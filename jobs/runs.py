@@ -108,13 +108,14 @@ def is_finished(run_dir: Path, steps: int | None = None) -> bool:
 def read_scores(run_dir: Path) -> dict[str, float]:
     """Scores by metric name: the best validation of fine-tuning or segmentation, or the probe of pretraining.
 
-    A probe gives ``linear`` and ``knn`` of the last layer.
+    A probe gives those of the last layer: ``linear``, ``knn_20``, ...
     """
     best = read_json(run_dir / "best" / "results.json")
     scores = {name: value for name in SCORES if (value := _number(best.get(name))) is not None}
     layers = read_json(run_dir / "evaluation.json").get("trained")
-    if isinstance(layers, list) and layers and isinstance(layers[-1], Mapping):
-        found = {name: _number(layers[-1].get(name)) for name in ("linear", "knn")}
+    last = layers[-1] if isinstance(layers, list) and layers else None
+    if isinstance(last, Mapping) and isinstance(last.get("top1"), Mapping):
+        found = {str(name): _number(value) for name, value in last["top1"].items()}
         scores |= {name: value for name, value in found.items() if value is not None}
     return scores
 

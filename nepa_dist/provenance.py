@@ -18,7 +18,7 @@ KINDS: dict[Kind, str] = {"ema": "averaged weights", "raw": "raw weights", "unkn
 
 _MARK = "nepa_dist"
 """Key of the version that wrote a header; headers of others have no facts for us."""
-_QUALITY = {"loss", "eval_loss", "top1", "top5", "miou", "macc", "aacc", "knn"}
+_QUALITY = {"loss", "eval_loss", "top1", "top5", "miou", "macc", "aacc", "knn_top1"}
 
 
 class Result(NamedTuple):
@@ -127,12 +127,12 @@ def _logged(key: str) -> str:
 def _evaluation_results(evaluation: Mapping[str, Any]) -> list[Result]:
     step, kind = int(evaluation["step"]), evaluation["weights"]
     where = f"({kind} weights, held-out images)"
-    scores = {**evaluation.get("objective", {}), **{key: evaluation[key] for key in _QUALITY & evaluation.keys()}}
+    scores = {**(evaluation.get("objective") or {}), **{key: evaluation[key] for key in _QUALITY & evaluation.keys()}}
     results = [Result(f"{key} {where}", float(value), step) for key, value in scores.items()]
     rows = evaluation.get("trained", [])
-    for key, name in (("knn", "k-NN"), ("linear", "linear probe")):
-        if rows:
-            best, last = max(rows, key=lambda row: row[key]), rows[-1]
-            chosen = [last] if best[key] == last[key] else [best, last]
-            results += [Result(f"{name} top-1, layer {row['layer']} {where}", float(row[key]), step) for row in chosen]
+    for probe in rows[-1]["top1"] if rows else ():
+        best, last = max(rows, key=lambda row: row["top1"][probe]), rows[-1]
+        chosen = [last] if best["top1"][probe] == last["top1"][probe] else [best, last]
+        name = f"k-NN (k = {probe[4:]})" if probe.startswith("knn_") else f"{probe} probe"
+        results += [Result(f"{name} top-1, layer {row['layer']} {where}", float(row["top1"][probe]), step) for row in chosen]
     return results

@@ -128,10 +128,10 @@ class Reporter:
         self._stall_seconds = seconds
         self._window_start += seconds
 
-    def validated(self, step: int, values: Mapping[str, float], seconds: float) -> None:
-        """Log the scores of a validation, and keep the time it took out of the speed of the next interval."""
+    def scored(self, step: int, values: Mapping[str, float], stall_seconds: float = 0.0) -> None:
+        """Log scores, and keep the time that the loop stood still for them out of the speed of the next interval."""
         self._meter.log(step, values)
-        self._window_start += seconds
+        self._window_start += stall_seconds
 
     def saved(self, seconds: float) -> None:
         """Note how long the newest checkpoint took to be written, in the background."""

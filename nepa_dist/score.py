@@ -18,6 +18,7 @@ from nepa_dist.config import Config, ConfigError
 from nepa_dist.config_load import load_config
 from nepa_dist.data.containers import open_split
 from nepa_dist.data.loader import EvalLoader
+from nepa_dist.data.order import spread
 from nepa_dist.data.transforms import eval_transform
 from nepa_dist.data.whole import WholeImages
 from nepa_dist.run_folder import write_text
@@ -25,7 +26,7 @@ from nepa_dist.tasks.base import Scores, Task
 from nepa_dist.tasks.finetune import FinetuneTask
 from nepa_dist.tasks.segment import SegmentTask
 from nepa_dist.trained import load_trained
-from nepa_dist.validation import measure, spread
+from nepa_dist.validation import measure
 
 
 def score(task: Task, config: Config, device: torch.device) -> Scores:

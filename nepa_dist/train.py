@@ -7,18 +7,16 @@ formats in ``data``; the loop names none of them.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
 
 from nepa_dist.checkpoint.store import CheckpointStore
-from nepa_dist.config import Config
+from nepa_dist.config import Config, ConfigError
 from nepa_dist.data.classes import resolve_classes
 from nepa_dist.data.containers import open_split
-from nepa_dist.data.device import to_device
-from nepa_dist.data.loader import Batch, TrainLoader, add_digests
+from nepa_dist.data.loader import Batch, TrainLoader
 from nepa_dist.data.transforms import train_transform
 from nepa_dist.engines.base import build_engine
 from nepa_dist.engines.mesh import World, join_world, leave_world
@@ -33,7 +31,9 @@ from nepa_dist.guard import (
     count_saves,
     count_skip,
 )
+from nepa_dist.intake import Intake, weighted
 from nepa_dist.keyed import keyed_seed
+from nepa_dist.online_knn import OnlineKnn, online_knn_problems
 from nepa_dist.optim import learning_rate
 from nepa_dist.plan import make_plan
 from nepa_dist.reporting import Reporter, StepReport
@@ -48,6 +48,8 @@ from nepa_dist.validation import Validator
 from nepa_dist.visualize import plot_curves
 from nepa_dist.watchdog import Watchdog
 
+KNN_END_SECONDS = 60.0
+"""How long the end of a run waits for a k-NN probe that is under way."""
 DIGEST_MASK = 2**40 - 1
 """Bits of the data's digest that are logged: a sum of them over 8192 ranks is exact in fp64."""
 
@@ -80,6 +82,8 @@ def _run(config: Config, world: World, stop: StopFlag) -> int:
     container = open_split(config.data, "train", image_size=config.model.image_size)
     config = resolve_classes(config, container)
     plan = make_plan(config, len(container))
+    if config.metrics.knn_every and (problems := online_knn_problems(config, container)):
+        raise ConfigError(problems)
     options = config.checkpoint
     store = CheckpointStore(
         config.run_dir / "checkpoints",
@@ -99,6 +103,7 @@ def _run(config: Config, world: World, stop: StopFlag) -> int:
     loader = _open_loader(run)
     batches = iter(loader)  # forks the workers, before any thread is started
     validator = None if config.task == "pretrain" else Validator(run, stop)
+    knn = OnlineKnn(config, world.device) if config.metrics.knn_every and world.is_main else None
     reporter = Reporter(config, plan, world, run.state)
     watchdog = _watch(run)
     saver = Saver(run, reporter, watchdog.beat)
@@ -110,8 +115,9 @@ def _run(config: Config, world: World, stop: StopFlag) -> int:
             code = EXIT_DONE
         else:
             _announce(run, reporter, notes)
-            code = train(run, batches, reporter, saver, stop, watchdog, validator)
+            code = train(run, batches, reporter, saver, stop, watchdog, validator, knn)
             watchdog.close()
+            _tell_knn(knn, run, reporter, timeout=KNN_END_SECONDS if code == EXIT_DONE else 0.0)
             _draw(run, reporter)
     except RunAborted as error:  # on all ranks at the same step
         reporter.event(str(error))
@@ -123,6 +129,8 @@ def _run(config: Config, world: World, stop: StopFlag) -> int:
         loader.close()
         if validator is not None:
             validator.close()
+        if knn is not None:
+            knn.close()
         saver.close()
         reporter.close()
     engine.close()
@@ -137,19 +145,23 @@ def train(
     stop: StopFlag,
     watchdog: Watchdog,
     validator: Validator | None,
+    knn: OnlineKnn | None,
 ) -> int:
     """Run updates until the last one or until a signal; returns the exit code."""
     config, plan, state = run.config, run.plan, run.state
     pending: StepReport | None = None
     bad: dict[str, str] = {}
-    stopping = False
+    first, stopping = state.step, False
     while True:
         done = state.step >= plan.steps
         validating = validator is not None and validator.pending
-        saving = done or stopping or (state.step % config.checkpoint.every == 0 and pending is not None)
+        saving = done or stopping or (state.step % config.checkpoint.every == 0 and state.step > first)
         if saving or validating:
             stopping |= _settle(run, reporter, pending, bad, last=done)
             pending = None
+        if config.metrics.knn_every and state.step % config.metrics.knn_every == 0 and state.step > first:
+            _start_knn(knn, run)
+        _tell_knn(knn, run, reporter)
         if validator is not None and validating and not stopping:
             stopping = not validator.validate(reporter, watchdog)
         if saving or stopping:
@@ -182,8 +194,8 @@ def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFl
     # Whatever draws random numbers on the device repeats them after a resume: nothing to save.
     torch.manual_seed(keyed_seed(config.seed, "step", state.step, world.rank))
     means: dict[str, torch.Tensor] = {}
-    intake = _Intake(run, batches, bad)
-    for micro, (inputs, share) in enumerate(_weighted(run, intake)):
+    intake = Intake(run, batches, bad)
+    for micro, (inputs, share) in enumerate(weighted(run, intake)):
         loss, logs = run.engine.model(inputs)
         run.engine.backward(loss if share is None else loss * share, last=micro == plan.grad_accum_steps - 1)
         for name, value in {"loss": loss, **logs}.items():
@@ -211,42 +223,23 @@ def update(run: Run, batches: Iterator[Batch], bad: dict[str, str], stop: StopFl
     )
 
 
-class _Intake:
-    """The micro-batches of one step, ready for the model, and what is known of them afterwards."""
-
-    def __init__(self, run: Run, batches: Iterator[Batch], bad: dict[str, str]) -> None:
-        self._run, self._batches, self._bad = run, batches, bad
-        self.wait_seconds, self.digest, self.num_bad = 0.0, 0, 0
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        run, accum = self._run, self._run.plan.grad_accum_steps
-        for micro in range(accum):
-            start = time.perf_counter()
-            batch = next(self._batches)
-            self.wait_seconds += time.perf_counter() - start
-            self.digest = add_digests(self.digest, batch.digest)
-            found = {sample.name: sample.reason for sample in batch.bad if sample.name not in run.state.bad_samples}
-            self.num_bad += len(found.keys() - self._bad.keys())
-            self._bad.update(found)
-            inputs = to_device(batch, run.world.device, run.config.data.mean, run.config.data.std)
-            yield run.task.prepare(inputs, step=run.state.step, micro_batch=run.world.rank * accum + micro)
+def _start_knn(knn: OnlineKnn | None, run: Run) -> None:
+    """Hand the averaged weights to the k-NN probe of the main rank. A collective."""
+    weights = ((name, state.get("ema", state["weight"])) for name, state in run.engine.named_state())
+    if knn is not None:
+        knn.start(run.state.step, weights)
+    else:
+        for _ in weights:  # takes part in the collectives
+            pass
 
 
-def _weighted(run: Run, intake: _Intake) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor | None]]:
-    """Micro-batches with a factor for their mean loss, such that the mean over the global batch is a mean over what counts.
-
-    Where micro-batches count differently, their weights must be known on all ranks before the first backward: so they are all
-    made ready first. Where all count the same the factor is None, and each is made when its turn comes.
-    """
-    plan, world = run.plan, run.world
-    if not run.task.weighs:
-        yield from ((inputs, None) for inputs in intake)
+def _tell_knn(knn: OnlineKnn | None, run: Run, reporter: Reporter, timeout: float = 0.0) -> None:
+    """Report a measurement that has ended."""
+    if knn is None or (result := knn.poll(timeout)) is None:
         return
-    ready = list(intake)
-    weights = torch.stack([run.task.weight(inputs) for inputs in ready]).double()
-    total = world.all_reduce(weights.sum()).clamp(min=1)
-    shares = (weights * (world.world_size * plan.grad_accum_steps) / total).float()
-    yield from zip(ready, shares.unbind(), strict=True)
+    if result.problem is not None:
+        reporter.event(f"k-NN of step {result.step} could not be measured: {result.problem}; training goes on")
+    reporter.scored(run.state.step, result.values)
 
 
 def _settle(run: Run, reporter: Reporter, report: StepReport | None, bad: dict[str, str], *, last: bool = False) -> bool:

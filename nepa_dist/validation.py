@@ -23,6 +23,7 @@ from nepa_dist.data.batch import Batch
 from nepa_dist.data.containers import open_split
 from nepa_dist.data.device import to_device
 from nepa_dist.data.loader import EvalLoader
+from nepa_dist.data.order import spread
 from nepa_dist.data.transforms import eval_transform
 from nepa_dist.data.whole import WholeImages
 from nepa_dist.engines.base import Engine
@@ -120,7 +121,7 @@ class Validator:
         values = scores.values | {"eval_seconds": seconds}
         if state.best_score is not None:
             values["best_score"] = state.best_score
-        reporter.validated(state.step, values, seconds)
+        reporter.scored(state.step, values, seconds)
         return True
 
     def close(self) -> None:
@@ -203,13 +204,6 @@ def replica(config: Config, engine: Engine, world: World) -> Task:
         for name, state in engine.named_state():
             own[name].copy_(state["ema"] if "ema" in state else state["weight"])
     return task.eval()
-
-
-def spread(total: int, limit: int | None) -> Sequence[int]:
-    """At most ``limit`` of ``total`` indices, spread evenly (classes may be in order)."""
-    if limit is None or limit >= total:
-        return range(total)
-    return [i * total // limit for i in range(limit)]
 
 
 def add_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ PACKAGES = ("nepa_dist", "jobs", "data_prep")
 _SETTINGS = {"config", "plan", "presets"}  # config_base, config_data, ... are reached through config
 _LOOP = (
     _SETTINGS
-    | {"checkpoint", "data", "engines", "guard", "keyed", "metrics", "optim"}
+    | {"checkpoint", "data", "engines", "guard", "intake", "keyed", "metrics", "online_knn", "optim"}
     | {
         "reporting",
         "resume",
@@ -57,7 +57,11 @@ ARROWS: dict[str, set[str]] = {
     },
     "data_prep": {"config", "data"},
     "train": _LOOP,
-    "evaluate": _LOOP,
+    "evaluate": _LOOP | {"model", "probe_report", "trained"},
+    "probe_report": {"pictures", "run_folder"},
+    "online_knn": {"config", "data.containers", "online_probe"},
+    "online_probe": {"config", "data", "model", "tasks"},
+    "intake": {"data", "run"},
     "run": _SETTINGS | {"checkpoint", "data", "engines", "state", "tasks"},
     "resume": _SETTINGS | {"checkpoint", "data", "run", "run_folder", "state"},
     "saving": _SETTINGS | {"checkpoint", "data", "reporting", "run", "run_folder", "state"},

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.loader import main, summary, to_markdown
+from benchmarks.loader import main, ratios, summary, to_markdown
 
 
 def test_a_run_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,6 +21,7 @@ def test_a_run_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert 0 < rate["low"] <= rate["median"] <= rate["high"]
     assert set(report["stages"]["folder keep"]) == {"read", "decode", "crop and resize"}
     assert report["machine"]["commit"]
+    assert report["command"].startswith("python -m benchmarks.loader --images 40")
     text = path.with_suffix(".md").read_text()
     assert text == to_markdown(report)
     assert "2 generated pictures" in text
@@ -29,3 +30,17 @@ def test_a_run_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_summaries_hold_median_and_range() -> None:
     assert summary([{"x": 3.0}, {"x": 1.0}, {"x": 2.0}]) == {"x": {"median": 2.0, "low": 1.0, "high": 3.0}}
+
+
+def test_ratios_compare_within_a_round_with_the_slowest_container() -> None:
+    def rates(*values: float) -> list[dict[str, float]]:
+        return [{"images_per_cpu_second": value} for value in values]
+
+    rounds = {
+        "ours tar keep": rates(200, 400, 900),
+        "ours beton keep": rates(300, 300, 800),
+        "ours folder keep": rates(1, 1, 1),
+        "webdataset+pillow tar keep": rates(100, 100, 400),
+        "ffcv beton raw256": rates(1, 1, 1),
+    }
+    assert ratios(rounds) == {"webdataset+pillow tar keep": {"median": 2.0, "low": 2.0, "high": 3.0}}

@@ -23,7 +23,7 @@ MODEL = [
     *("metrics.every=1", "optim.ema_decay=0.8", "checkpoint.every=3"),
 ]
 SHAPE = {
-    "pretrain": ["steps=4"],
+    "pretrain": ["steps=4", "metrics.knn_every=2"],
     # Everything that is drawn: mixup, cutmix, RandAugment, erasing, drop path.
     "finetune": [
         *("steps=8", "global_batch_size=8", "micro_batch_size=2", "model.drop_path=0.2", "evaluate.every_epochs=0.0016"),
@@ -81,6 +81,14 @@ def whole(request, pretrained, tmp_path_factory):
     result = run(request.param, run_dir, options=["--init", str(pretrained)])
     assert result.returncode == 0, result.stderr
     return request.param, run_dir
+
+
+def test_nearest_neighbours_are_measured_beside_pretraining(pretrained):
+    rows = [row for row in read_curve(pretrained / "metrics.jsonl") if "knn_top1" in row]
+    assert rows, (pretrained / "log.txt").read_text()
+    assert rows[0]["knn_step"] in (2, 4)
+    assert 0 <= rows[0]["knn_top1"] <= 1
+    assert rows[-1]["knn_failures_total"] == 0
 
 
 def test_it_starts_from_the_averaged_backbone_and_accounts_for_every_key(whole, pretrained):

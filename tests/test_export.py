@@ -135,8 +135,8 @@ def test_the_card_says_what_the_weights_are_and_what_they_score(runs, tmp_path):
     run = runs["finetune"]
     rows = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 1.5, "top1": 0.75}, {"step": 30, "loss": 0.1}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    probes = [{"layer": "embed", "knn": 0.2, "linear": 0.3}, {"layer": 0, "knn": 0.5, "linear": 0.6}]
-    probes += [{"layer": "final", "knn": 0.4, "linear": 0.7}]
+    accuracies = {"embed": (0.2, 0.3), 0: (0.5, 0.6), "final": (0.4, 0.7)}
+    probes = [{"layer": layer, "top1": {"knn_20": knn, "linear": linear}} for layer, (knn, linear) in accuracies.items()]
     evaluation = {"step": 20, "weights": "ema", "objective": {"loss": -0.9}, "trained": probes}
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     assert main([str(run), str(tmp_path / "out")]) == 0
@@ -152,8 +152,8 @@ def test_the_card_says_what_the_weights_are_and_what_they_score(runs, tmp_path):
         "| digest of the training data | beef |",
         "| training loss | 1.5000 | 20 |",
         "| top1, validation during training | 0.7500 | 20 |",
-        "| k-NN top-1, layer 0 (ema weights, held-out images) | 0.5000 | 20 |",
-        "| k-NN top-1, layer final (ema weights, held-out images) | 0.4000 | 20 |",
+        "| k-NN (k = 20) top-1, layer 0 (ema weights, held-out images) | 0.5000 | 20 |",
+        "| k-NN (k = 20) top-1, layer final (ema weights, held-out images) | 0.4000 | 20 |",
         "| linear probe top-1, layer final (ema weights, held-out images) | 0.7000 | 20 |",
         "  embed_dim: 32",
         "  num_classes: 5",

@@ -114,11 +114,11 @@ def test_the_report_has_a_table_and_links(trainer: Trainer, tmp_path: Path) -> N
     root = tmp_path / "runs" / "p"
     (root / "finetune" / "best").mkdir()
     (root / "finetune" / "best" / "results.json").write_text('{"step": 4, "top1": 0.8375, "top5": 0.9}')
-    layers = [{"layer": 0, "knn": 0.1, "linear": 0.1}, {"layer": "final", "knn": 0.2, "linear": 0.5}]
+    layers = [{"layer": 0, "top1": {"knn_20": 0.1}}, {"layer": "final", "top1": {"knn_20": 0.2, "linear": 0.5}}]
     (root / "pretrain" / "evaluation.json").write_text(json.dumps({"trained": layers}))
     assert pipeline("--stages", "pretrain,finetune") == 0
     report = (root / "report.md").read_text()
-    assert "| pretrain | finished | 4 of 4 | 0.2500 | linear 50.00 %, knn 20.00 % | 9 |" in report
+    assert "| pretrain | finished | 4 of 4 | 0.2500 | knn_20 20.00 %, linear 50.00 % | 9 |" in report
     assert "top1 83.75 %, top5 90.00 %" in report
     for name in ("pretrain/figures/loss.png", "finetune/best/results.json", "pretrain/evaluation.json"):
         assert f"]({name})" in report

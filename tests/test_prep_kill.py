@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from data_prep.files import sweep, temp_path
+from data_prep.plan import Container
 from data_prep.write import write_split
 from images import image_folder
-from splits import Trapped, content, planned, source, write
+from splits import Trapped, content, planned, prepare, source, write
 
 # Children are forked from a process that has imported everything, for a process of its own takes seconds to start.
 _context = multiprocessing.get_context("forkserver")
@@ -95,9 +96,12 @@ def _group_lives(group: int | None) -> bool:
     return False
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_times(images: Path, tmp_path: Path, unbroken: dict[str, bytes], kills: int) -> None:
-    folder = planned(images, tmp_path / "train")
+@pytest.mark.parametrize(
+    ("container", "kills"), [("mds", 6), *(pytest.param(name, 20, marks=pytest.mark.slow) for name in ("tar", "mds", "beton"))]
+)
+def test_killed_at_random_times(images: Path, tmp_path: Path, container: Container, kills: int) -> None:
+    unbroken = content(prepare(images, tmp_path / "unbroken" / "train", container, shards=5))
+    folder = planned(images, tmp_path / "train", container)
     in_time = 0
     for attempt in range(kills):
         before = set(folder.glob(".tmp-*"))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nepa_dist.tasks import probe
-from nepa_dist.tasks.probe import extract_features, knn_accuracy, linear_accuracy, probe_layers
+from nepa_dist.tasks.features import Array, extract_features
+from nepa_dist.tasks.probe import knn_accuracy, linear_accuracy, probe_layers
 
 CLASSES = 4
 
@@ -52,7 +53,25 @@ def make_batches(count: int, seed: int) -> list[dict[str, Tensor]]:
     return [{"images": i, "labels": y} for i, y in zip(images.split(16), labels.split(16), strict=True)]
 
 
-def make_arrays(count: int, seed: int, *, spread: float = 0.1, dim: int = 8) -> tuple[probe.Array, probe.Array]:
+class Source:
+    """What probes learn from: batches in order."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.data = make_batches(count, seed)
+
+    def __len__(self) -> int:
+        return sum(len(batch["labels"]) for batch in self.data)
+
+    def batches(self, order: Any = None, *, batch_size: Any = None) -> list[dict[str, Tensor]]:
+        assert order is None
+        return self.data
+
+
+def knn_20(*data: Array) -> float:
+    return knn_accuracy(*data, ks=(20,))[20]
+
+
+def make_arrays(count: int, seed: int, *, spread: float = 0.1, dim: int = 8) -> tuple[Array, Array]:
     """Features around one centre per class."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % CLASSES
@@ -116,31 +135,57 @@ def test_no_batches() -> None:
 
 def test_separate_classes_are_found_and_noise_is_chance() -> None:
     train, test = make_arrays(200, 0), make_arrays(100, 1)
-    assert knn_accuracy(*train, *test) == 1.0
+    assert knn_accuracy(*train, *test) == {10: 1.0, 20: 1.0}
     assert linear_accuracy(*train, *test) == 1.0
     rng = np.random.default_rng(2)
     noise = rng.standard_normal((200, 8)).astype(np.float32), rng.standard_normal((100, 8)).astype(np.float32)
-    for accuracy in (knn_accuracy, linear_accuracy):
+    for accuracy in (knn_20, linear_accuracy):
         assert accuracy(noise[0], train[1], noise[1], test[1]) < 0.5
     same = np.ones((200, 8), np.float32), np.ones((100, 8), np.float32)
-    for accuracy in (knn_accuracy, linear_accuracy):
+    for accuracy in (knn_20, linear_accuracy):
         assert accuracy(same[0], train[1], same[1], test[1]) == 0.25
 
 
 def test_knn_looks_at_angles_from_the_mean() -> None:
     (train_x, train_y), (test_x, test_y) = make_arrays(200, 0, spread=0.4), make_arrays(100, 1, spread=0.4)
-    accuracy = knn_accuracy(train_x, train_y, test_x, test_y)
+    accuracy = knn_20(train_x, train_y, test_x, test_y)
     assert 0.5 < accuracy < 1.0
-    assert knn_accuracy(train_x + 50, train_y, test_x + 50, test_y) == pytest.approx(accuracy, abs=0.02)
-    assert knn_accuracy(train_x * 1000, train_y, test_x * 1000, test_y) == pytest.approx(accuracy, abs=0.02)
+    assert knn_20(train_x + 50, train_y, test_x + 50, test_y) == pytest.approx(accuracy, abs=0.02)
+    assert knn_20(train_x * 1000, train_y, test_x * 1000, test_y) == pytest.approx(accuracy, abs=0.02)
 
 
-def test_knn_takes_one_vote_per_neighbour() -> None:
-    train_x = np.array([[1.0, 0.0], [1.0, 0.5], [1.0, 0.6], [-3.0, -1.1]], np.float32)  # mean 0
-    train_y = np.array([1, 0, 0, 1])
+def test_near_neighbours_weigh_more_than_many() -> None:
+    angles = np.radians([10.0, 14.0, 14.0])
+    rows = [[np.cos(angle), np.sin(angle)] for angle in angles]
+    train_x = np.array([*rows, *(-np.array(rows))], np.float32)  # mean 0
+    train_y = np.array([1, 0, 0, 2, 2, 2])
     test = np.array([[2.0, 0.0]], np.float32), np.array([1])
-    assert knn_accuracy(train_x, train_y, *test, k=1) == 1.0
-    assert knn_accuracy(train_x, train_y, *test, k=3) == 0.0
+    assert knn_accuracy(train_x, train_y, *test, ks=(1, 2, 3)) == {1: 1.0, 2: 1.0, 3: 0.0}, (
+        "two at 14 degrees outweigh one at 10"
+    )
+    train_x[[1, 2, 4, 5]] = [[0.7, 0.7], [0.7, 0.7], [-0.7, -0.7], [-0.7, -0.7]]
+    assert knn_accuracy(train_x, train_y, *test, ks=(3,)) == {3: 1.0}, "but not two at 45 degrees"
+
+
+@pytest.mark.parametrize("chunk", [1, 5000, 1 << 28])
+def test_numbers_are_those_of_scikit_learn(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.preprocessing import StandardScaler
+
+    monkeypatch.setattr(probe, "CHUNK_BYTES", chunk)
+    (train_x, train_y), (test_x, test_y) = make_arrays(300, 0, spread=0.5), make_arrays(200, 1, spread=0.5)
+    train_y, test_y = train_y * 3 + 2, test_y * 3 + 2  # labels need not be 0 .. C - 1
+    mean = train_x.mean(axis=0)
+    for k in (1, 7, 20):
+        neighbours = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+        expected = neighbours.fit(train_x - mean, train_y).score(test_x - mean, test_y)
+        assert knn_accuracy(train_x, train_y, test_x, test_y, ks=(k,))[k] == expected
+    scaler = StandardScaler().fit(train_x)
+    for C in (0.001, 0.1):
+        regression = LogisticRegression(C=C, tol=1e-5).fit(scaler.transform(train_x), train_y)
+        expected = regression.score(scaler.transform(test_x), test_y)
+        assert linear_accuracy(train_x, train_y, test_x, test_y, C=C) == pytest.approx(expected, abs=0.006)
 
 
 def test_linear_uses_every_channel_whatever_its_scale() -> None:
@@ -152,11 +197,11 @@ def test_linear_uses_every_channel_whatever_its_scale() -> None:
 def test_classes_that_training_lacks_count_as_wrong() -> None:
     (train_x, train_y), (test_x, test_y) = make_arrays(200, 0), make_arrays(100, 1)
     known = train_y != 3
-    for accuracy in (knn_accuracy, linear_accuracy):
+    for accuracy in (knn_20, linear_accuracy):
         assert accuracy(train_x[known], train_y[known], test_x, test_y) == 0.75
 
 
-@pytest.mark.parametrize("accuracy", [knn_accuracy, linear_accuracy])
+@pytest.mark.parametrize("accuracy", [knn_20, linear_accuracy])
 def test_data_that_cannot_be_probed(accuracy: Any) -> None:
     (x, y), (test_x, test_y) = make_arrays(40, 0), make_arrays(20, 1)
     with pytest.raises(ValueError, match="training data has no labels"):
@@ -182,17 +227,19 @@ def test_more_neighbours_than_images() -> None:
 def test_the_table_shows_which_layer_knows() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rows = probe_layers(make_backbone(), make_batches(128, 0), make_batches(64, 1), layers=["embed", 1, "final"])
+        rows = probe_layers(make_backbone(), Source(128, 0), Source(64, 1), layers=["embed", 1, "final"], ks=(5, 20))
     assert [row.layer for row in rows] == ["embed", 1, "final"]
     assert all(row.pooling == "mean" and row.converged for row in rows)
-    assert [(row.knn, row.linear) for row in rows] == [(1.0, 1.0), (1.0, 1.0), (0.25, 0.25)]
+    assert [row.top1 for row in rows] == [{"knn_5": x, "knn_20": x, "linear": x} for x in (1.0, 1.0, 0.25)]
+    rows = probe_layers(make_backbone(), Source(128, 0), Source(64, 1), layers=[1], probes=["linear"])
+    assert [row.top1 for row in rows] == [{"linear": 1.0}]
 
 
 def test_an_error_names_the_layer() -> None:
-    train = make_batches(64, 0)
-    train[0]["images"][0] = float("inf")
+    train = Source(64, 0)
+    train.data[0]["images"][0] = float("inf")
     with pytest.raises(ValueError, match="probe of layer embed: 1 of 64 training features are not finite"):
-        probe_layers(make_backbone(), train, make_batches(32, 1), layers=["embed"])
+        probe_layers(make_backbone(), train, Source(32, 1), layers=["embed"])
 
 
 def test_a_fit_that_did_not_converge_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +248,7 @@ def test_a_fit_that_did_not_converge_is_said(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.warns(RuntimeWarning, match="the linear probe did not converge in 1 iterations"):
         linear_accuracy(*train, *test)
     with pytest.warns(RuntimeWarning) as caught:
-        rows = probe_layers(make_backbone(), make_batches(128, 0), make_batches(64, 1), layers=["embed", 0])
+        rows = probe_layers(make_backbone(), Source(128, 0), Source(64, 1), layers=["embed", 0])
     assert [
         f"of layer {layer} did not converge" in str(one.message) for layer, one in zip(["embed", 0], caught, strict=True)
     ] == [True] * 2

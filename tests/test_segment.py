@@ -15,9 +15,9 @@ from nepa_dist.data.containers import Sample, open_container
 from nepa_dist.data.decode import BadImage
 from nepa_dist.data.transforms import class_mask
 from nepa_dist.data.whole import WholeImages
+from nepa_dist.intake import weighted
 from nepa_dist.tasks.base import build_task
 from nepa_dist.tasks.segment import SegmentTask
-from nepa_dist.train import _weighted
 
 ROOT = Path(__file__).parents[1]
 MODEL = ModelConfig(image_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
@@ -60,7 +60,7 @@ def test_every_split_of_a_global_batch_has_the_loss_and_gradient_of_the_whole():
         world=SimpleNamespace(world_size=1, all_reduce=lambda tensor: tensor),
     )
     total = 0.0
-    for inputs, share in _weighted(run, parts):
+    for inputs, share in weighted(run, parts):
         part, _ = task(inputs)
         (part * share / 4).backward()
         total += (part * share / 4).item()

@@ -14,6 +14,7 @@ between versions (NEP 19).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,13 @@ def fold(*keys: int) -> int:
     for key in keys:
         state = _mix(state ^ (key & _MASK))
     return state
+
+
+def spread(total: int, limit: int | None) -> Sequence[int]:
+    """At most ``limit`` of ``total`` indices, spread evenly (classes may be in order)."""
+    if limit is None or limit >= total:
+        return range(total)
+    return [i * total // limit for i in range(limit)]
 
 
 class KeyedDraws:

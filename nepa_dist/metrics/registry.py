@@ -72,6 +72,10 @@ _TABLE = (
     Metric("aacc", "gauge", "ratio", "Share of annotated pixels that are predicted right."),
     Metric("best_score", "gauge", "ratio", "Best top1 or miou of the run so far; these weights are in its folder best."),
     Metric("eval_seconds", "gauge", "seconds", "Time that the newest validation took."),
+    Metric("knn_top1", "gauge", "ratio", "k-NN accuracy of the middle block on a few validation images, beside pretraining."),
+    Metric("knn_step", "gauge", "steps", "Step of the weights that knn_top1 is of: it is measured while training goes on."),
+    Metric("knn_seconds", "gauge", "seconds", "Time that the newest k-NN measurement took, beside training."),
+    Metric("knn_failures_total", "counter", "", "k-NN measurements that failed; training went on."),
     # Speed and memory
     Metric("images_per_second", "gauge", "images/second", "Images of all ranks per second, over the log interval."),
     Metric("step_seconds", "gauge", "seconds", "Wall time per step, mean over the log interval."),
