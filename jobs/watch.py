@@ -75,7 +75,7 @@ def draw(rows: Sequence[Mapping[str, float]], keys: Sequence[str], width: int, h
         return "nothing has been logged yet"
     columns = 2 if width >= 90 and len(curves) > 1 else 1
     lines = -(-len(curves) // columns)
-    panel_width, panel_height = width // columns - 2, max(4, (height - 1) // lines - 2)
+    panel_width, panel_height = width // columns - 2, min(14, max(4, (height - 1) // lines - 2))
     panels = [_panel(key, points, panel_width, panel_height) for key, points in curves.items()]
     text = [_headline(rows[-1])]
     for start in range(0, len(panels), columns):
@@ -105,22 +105,21 @@ def _panel(key: str, points: Sequence[tuple[float, float]], width: int, height: 
     low, high = min(y for _, y in usable), max(y for _, y in usable)
     first, last = usable[0][0], usable[-1][0]
     cells = [[0] * (width - margin) for _ in range(height)]
-    previous = None
-    for x, y in usable:
-        column = round((x - first) / ((last - first) or 1) * (2 * (width - margin) - 1))
-        row = round((high - y) / ((high - low) or 1) * (4 * height - 1))
-        for r in _between(previous, row) if previous is not None else (row,):
-            cells[r // 4][column // 2] |= _DOTS[column % 2][r % 4]
-        previous = row
+    dots = [
+        (
+            round((x - first) / ((last - first) or 1) * (2 * (width - margin) - 1)),
+            round((high - y) / ((high - low) or 1) * (4 * height - 1)),
+        )
+        for x, y in usable
+    ]
+    for (left, start), (right, end) in zip(dots, dots[1:] or dots, strict=False):
+        for part in range(count := max(right - left, abs(end - start), 1)):
+            column, row = left + round(part / count * (right - left)), start + round(part / count * (end - start))
+            cells[row // 4][column // 2] |= _DOTS[column % 2][row % 4]
+    cells[dots[-1][1] // 4][dots[-1][0] // 2] |= _DOTS[dots[-1][0] % 2][dots[-1][1] % 4]
     text = [title[:width].ljust(width)]
     for number, line in enumerate(cells):
         at_end = {0: high, height - 1: low}.get(number)
         label = "" if at_end is None else f"{10**at_end if log else at_end:.3g}"
         text.append(f"{label:>{margin - 2}} │" + "".join(chr(0x2800 + dots) for dots in line))
     return text
-
-
-def _between(start: int, end: int) -> range:
-    """The dots from one height to the next, without the first."""
-    step = 1 if end >= start else -1
-    return range(start + step, end + step, step) if start != end else range(end, end + 1)

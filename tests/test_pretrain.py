@@ -141,9 +141,11 @@ def test_health_describes_an_observed_step_once():
     module = task()
     module.begin_step(0, observe=False)
     module(batch())
-    assert module.health() == {}
+    assert module.health() == ({}, {})
     module.begin_step(1, observe=True)
     loss, _ = module(batch())
-    gauges = module.health()
+    gauges, spectra = module.health(audit_seed=3)
     torch.testing.assert_close(gauges["prediction_cosine"].float(), -loss.detach(), atol=1e-6, rtol=0)
-    assert module.health() == {}
+    assert {"embedding_uniformity.target", "embedding_sigreg.pooled", "embedding_rms.pred"} <= gauges.keys()
+    assert spectra.keys() == {"target", "pred", "pooled"}
+    assert module.health() == ({}, {})

@@ -37,8 +37,8 @@ class SpikeRatio:
 
     @property
     def ratio(self) -> float:
-        """The share, from 0 to 1."""
-        return sum(self._spikes) / max(1, len(self._spikes))
+        """The share, from 0 to 1; in the first WINDOW steps those to come count as calm."""
+        return sum(self._spikes) / WINDOW
 
 
 class Median:
