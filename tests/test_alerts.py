@@ -1,6 +1,6 @@
 """Each alert fires when what it is for happens, in made-up series and in recorded curves of failing runs, else it is silent.
 
-The curves in ``golden/curves`` are of a vit_tiny of width 64 with 3 blocks, image 32, patch 4, batch 64, on the embedded digits,
+The curves in ``golden/curves`` are of a vit_tiny of width 64 with 3 blocks, image 32, patch 4, batch 64, on the digits,
 base_lr 4e-3, fp32, on a CPU: 400 steps, healthy ones with seeds 1 to 3, and the failing ones each with what their name says.
 ``python tests/test_alerts.py RUN...`` records runs.
 """
@@ -86,7 +86,7 @@ SCENARIOS = {
         {"NepaLossNotFinite", "NepaStepsSkipped"},
     ),
     "a jump of the gradient": ({"grad_norm": jump(1, 30)}, {"NepaGradientSpike"}),
-    "many spikes": ({"spike_ratio.grad": jump(0, 0.05)}, {"NepaGradientSpike"}),
+    "many spikes": ({"spike_ratio.grad": jump(0, 0.15)}, {"NepaGradientSpike"}),
     "constant targets": ({"embedding_mean_cosine.target": jump(0.2, 0.9)}, {"NepaCollapseConstant"}),
     "targets in few directions": ({"embedding_effective_rank.target": jump(8, 1.2)}, {"NepaCollapseRank"}),
     "predictions without skill": ({"prediction_skill_const": constant(-0.1), "step": rising(15, 30000)}, {"NepaNoSkill"}),
