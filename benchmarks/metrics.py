@@ -2,10 +2,10 @@
 
     python benchmarks/metrics.py [--model vit_b] [--batch 64] [--every 50] [--rounds 12]
 
-A step is that of the loop: forward, backward, update. An observed one takes the gauges as well: norms by group, collapse, a look
-into the blocks. The order alternates, so that a machine that slows down harms both. On a GPU the wall clock counts; on a CPU the
-processor time of all threads of the process, which others on the machine do not change much, and which holds the eigenvalues
-that another thread finds (on a GPU they are found beside training).
+A step is that of the loop: forward, backward, update. An observed one takes the gauges as well: norms by group, collapse, a
+look into the blocks. The order alternates, so that a machine that slows down harms both. On a GPU the wall clock counts; on a
+CPU the processor time of all threads of the process, which others on the machine do not change much, and which holds the
+eigenvalues that another thread finds (on a GPU they are found beside training).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     settings = {
         "model": {"preset": args.model},
         "global_batch_size": args.batch,
@@ -95,8 +96,9 @@ def main() -> None:
     print(f"{name}, {args.model}, batch {args.batch}, {args.rounds} steps of each kind in turn")
     print(f"plain    {1000 * base:.1f} ms a step (from {1000 * min(plain):.1f} to {1000 * max(plain):.1f})")
     print(f"observed {1000 * other:.1f} ms a step (from {1000 * min(watched):.1f} to {1000 * max(watched):.1f})")
+    cost = 100 * (other / base - 1)
     print(
-        f"cost     {100 * (other / base - 1):+.1f} % of an observed step, {100 * (other / base - 1) / args.every:+.2f} % of one in {args.every}"
+        f"cost     {cost:+.1f} % of an observed step, {cost / args.every:+.2f} % of a step if one in {args.every} is observed"
     )
 
 

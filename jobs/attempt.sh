@@ -26,11 +26,13 @@ note() {
   echo "$line}" >>"$job/attempts.jsonl"
 }
 
-# What SLURM said about the attempt that ended without a word: its node died, or it was killed before it could say anything.
-state_of_lost_attempt() {
-  local state
-  state=$(timeout 20 sacct -D -X -n -P -j "$SLURM_JOB_ID" -o State 2>/dev/null | tail -n 2 | head -n 1)
-  echo "${state:-unknown}"
+# state_of_lost JOB: what SLURM said about a start that ended without a word: its node died, or it was killed at once.
+state_of_lost() {
+  local rows
+  rows=$(timeout 20 sacct -D -X -n -P -j "$1" -o State 2>/dev/null)
+  [ "$1" != "$SLURM_JOB_ID" ] || rows=$(sed '$d' <<<"$rows") # the last row is this start
+  rows=$(tail -n 1 <<<"$rows")
+  echo "${rows:-unknown}"
 }
 
 begin() {
@@ -38,9 +40,8 @@ begin() {
   mkdir -p "$job" "$run/logs" # srun makes no folders
   trap : TERM USR1 USR2 # the ranks get the signals too, and this script waits for what they make of them
   log_start=$(($(stat -c %s "$log" 2>/dev/null || echo 0) + 1))
-  if tail -n 1 "$job/attempts.jsonl" 2>/dev/null | grep -q "\"event\": \"start\".*\"job\": \"$SLURM_JOB_ID\""; then
-    note lost why "$(json "$(state_of_lost_attempt)")"
-  fi
+  lost=$(tail -n 1 "$job/attempts.jsonl" 2>/dev/null | sed -n 's/^{"event": "start".*"job": "\([0-9]*\)".*/\1/p')
+  [ -z "$lost" ] || note lost why "$(json "$(state_of_lost "$lost")")"
   rm -f "$job/outcome.json"
   touch "$job/started"
   step_before=$(newest_checkpoint)
@@ -93,7 +94,10 @@ end() {
   note end code "$code" why "$(json "$reason")" again "$again" stalled "$stalled" checkpoint "$(json "$step")" detail "$(json "$detail")"
   echo "--- $(date -u +%FT%TZ) $reason (exit code $code), newest checkpoint ${step:-none}"
   if [ "$again" = true ]; then
-    scontrol requeue "$SLURM_JOB_ID" && sleep 120 # SLURM ends this script
+    if scontrol requeue "$SLURM_JOB_ID"; then
+      for _ in {1..60}; do sleep 2; done # SLURM ends this script, and what it waits for first
+      exit "$code"
+    fi
     note end code "$code" why "$(json "$reason")" again false detail "$(json "scontrol requeue failed")"
   elif [ "$stalled" -gt "$max_stalled" ]; then
     echo "--- it ended $stalled times without a newer checkpoint, so it does not come back"

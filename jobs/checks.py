@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jobs.checks_cluster import CLUSTER_CHECKS
 from jobs.checks_job import JOB_CHECKS
@@ -24,6 +24,9 @@ from nepa_dist.config_load import load_config
 from nepa_dist.memory import activation_bytes, head_parameters, state_bytes
 from nepa_dist.plan import make_plan
 from nepa_dist.presets import num_parameters
+
+if TYPE_CHECKING:
+    from nepa_dist.data.containers import Container
 
 
 class Checked(NamedTuple):
@@ -52,7 +55,13 @@ class Checked(NamedTuple):
         return self.config.steps or make_plan(self.config, self.num_samples or 1).steps
 
 
-def check_stage(args: argparse.Namespace, layers: Layers, parents: Sequence[Path] = ()) -> Checked:
+Opened = dict[tuple[str | None, str, int], "Container"]
+"""Containers by source, split and image size. To open a folder is to walk through it: stages that share one open it once."""
+
+
+def check_stage(
+    args: argparse.Namespace, layers: Layers, parents: Sequence[Path] = (), opened: Opened | None = None
+) -> Checked:
     """Build the configuration and look at everything around it.
 
     With ``--dry-run`` and ``--print`` for a cluster, this machine need not see its disks, and SLURM is not asked.
@@ -61,6 +70,7 @@ def check_stage(args: argparse.Namespace, layers: Layers, parents: Sequence[Path
         args: of :func:`jobs.options.stage_parser`.
         layers: what they stand for.
         parents: run folders that earlier stages make.
+        opened: what stages checked before have opened; is added to.
     """
     findings: list[Finding] = []
     config: Config | None = None
@@ -75,10 +85,8 @@ def check_stage(args: argparse.Namespace, layers: Layers, parents: Sequence[Path
     describing = args.dry_run or args.print
     elsewhere = describing and (config.cluster.launcher if config else default_cluster(args)) != "local"
     unknown = [name for name in args.skip_check if name not in KNOWN]
-    findings += [
-        Finding("problem", f"--skip-check {name}: no such check{nearest(name, CHECKS)}", "settings") for name in unknown
-    ]
-    num_samples, where, found = check_data(config, source, optional=describing)
+    findings += [Finding("problem", f"--skip-check {name}: no such check{nearest(name, KNOWN)}", "options") for name in unknown]
+    num_samples, where, found = check_data(config, source, optional=describing, opened={} if opened is None else opened)
     if found and not elsewhere and config and config.cluster.launcher == "slurm":
         found[0] += " (if the nodes see it and this machine does not: --skip-check data)"
     if found and (elsewhere or "data" in args.skip_check):
@@ -103,13 +111,16 @@ def check_stage(args: argparse.Namespace, layers: Layers, parents: Sequence[Path
     return Checked(config, findings, changes, num_samples, where)
 
 
-def check_data(config: Config | None, source: str | None, *, optional: bool) -> tuple[int | None, str, list[str]]:
+def check_data(
+    config: Config | None, source: str | None, *, optional: bool, opened: Opened
+) -> tuple[int | None, str, list[str]]:
     """Count the training images, and look whether they are what the task needs.
 
     Args:
         config: the run; None if the configuration has problems of its own.
         source: data.source.
         optional: a run without any data is no problem.
+        opened: containers that are open already; is added to.
 
     Returns:
         (number of images or None, where it comes from, problems).
@@ -122,11 +133,18 @@ def check_data(config: Config | None, source: str | None, *, optional: bool) -> 
     from nepa_dist.data.containers import DataError, open_container
 
     size = config.model.image_size if config else 224
+
+    def opening(split: Literal["train", "val"]) -> Container:
+        key = (source, split, size)
+        if key not in opened:
+            opened[key] = open_container(source, split, image_size=size)
+        return opened[key]
+
     try:
-        container = open_container(source, "train", image_size=size)
+        container = opening("train")
         if config and config.task != "pretrain":
             resolve_classes(config, container)
-            open_container(source, "val", image_size=size)
+            opening("val")
         if config:
             make_plan(config, len(container))
     except DataError as error:

@@ -120,12 +120,13 @@ def show_logs(args: argparse.Namespace) -> int:
     files = log_files(args.run, args.rank)
     if not args.follow and not any(path.exists() for path in files):
         raise ControlError(f"nothing is written yet: {', '.join(map(str, files))}")
+    position = 0
     for path in files:
         if path.exists():
-            print(f"==> {path}")
-            print("\n".join(_last_lines(path, args.lines)), flush=True)
+            lines, position = _last_lines(path, args.lines)
+            print("\n".join([f"==> {path}", *lines]), flush=True)
     if args.follow:
-        follow(files[-1])
+        follow(files[-1], position if files[-1].exists() else 0)
     return 0
 
 
@@ -143,9 +144,8 @@ def log_files(run: Path, rank: int | None) -> list[Path]:
     return [*(jobs[-1:] if rank is None else []), own]
 
 
-def follow(path: Path) -> None:
-    """Print what is added to a file, for ever."""
-    position = path.stat().st_size if path.exists() else 0
+def follow(path: Path, position: int) -> None:
+    """Print what is in a file from a byte on, and what is added to it, for ever."""
     while True:
         size = path.stat().st_size if path.exists() else 0
         if size < position:  # it was begun anew
@@ -160,11 +160,13 @@ def follow(path: Path) -> None:
         time.sleep(0.5)
 
 
-def _last_lines(path: Path, count: int) -> list[str]:
+def _last_lines(path: Path, count: int) -> tuple[list[str], int]:
+    """The last lines of a file, and the byte where they end."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 400 * count))
-        return file.read().decode(errors="replace").splitlines()[-count:]
+        content = file.read()
+    return content.decode(errors="replace").splitlines()[-count:], max(0, size - 400 * count) + len(content)
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

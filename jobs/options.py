@@ -162,7 +162,7 @@ def collect_layers(args: argparse.Namespace) -> tuple[Layers, list[str]]:
 def _config_file(text: str) -> Path:
     """The file that ``--config`` names: a path, or ``ablate/no_shift`` for one in configs/."""
     own = CONFIGS / f"{text}.yaml"
-    return own if not Path(text).exists() and own.exists() else Path(text)
+    return own if not os.path.exists(text) and os.path.exists(own) else Path(text)
 
 
 def _known(folder: str) -> str:

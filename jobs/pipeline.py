@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from jobs.chain import describe_chain, submit_chain
-from jobs.checks import Checked, check_stage
+from jobs.checks import Checked, Opened, check_stage
 from jobs.findings import table
 from jobs.launch import LaunchError, describe_job, launch_local
 from jobs.options import CONFIGS, TASKS, absolute, add_stage_options, add_ways, collect_layers, recipe_names, stage_parser
@@ -35,7 +35,7 @@ from jobs.probe import is_probed, probe_here
 from jobs.runs import is_finished
 from jobs.slurm import SubmitError
 from jobs.snapshot import read_code
-from nepa_dist.config import Config, nearest
+from nepa_dist.config import Config, nearest, other_settings
 
 FOLDER = "pipeline"
 """Of configs/: what pipelines consist of."""
@@ -52,6 +52,11 @@ class Part(NamedTuple):
     """Stage whose weights it starts with."""
     words: list[str]
     """Options, as on the command line."""
+
+    @property
+    def stage(self) -> str:
+        """What options call it: of ``VARIANT/STAGE``, the name of a stage of a sweep, the last part."""
+        return self.name.rpartition("/")[2]
 
 
 class Stage(NamedTuple):
@@ -88,10 +93,15 @@ def pipeline_parser() -> argparse.ArgumentParser:
     parser.add_argument("--probe", action="store_true", help="measure what the pretrained features are worth, too")
     parser.add_argument("--name", help="folder of the pipeline in runs/; default: pipeline-<pipeline>[-<data>]")
     add_ways(parser)
+    add_values(parser)
+    return parser
+
+
+def add_values(parser: argparse.ArgumentParser) -> None:
+    """The options of a stage that take a value, each for all stages, or with ``STAGE:`` before the value for one."""
     for action in _stage_options():
         metavar = f"[STAGE:]{action.metavar or action.dest.upper()}"
         parser.add_argument(*action.option_strings, dest=action.dest, action="append", default=[], metavar=metavar)
-    return parser
 
 
 def main(argv: Sequence[str]) -> tuple[int, list[str]]:
@@ -100,14 +110,14 @@ def main(argv: Sequence[str]) -> tuple[int, list[str]]:
     parts, problems = read_parts(args)
     if problems:
         return 2, problems
-    root = Path(absolute("runs")) / (args.name or _default_name(args))
+    root = Path(absolute("runs")) / (args.name or default_name([FOLDER, args.pipeline], args))
     stages, problems = build_stages(parts, args, root)
     if args.check:
         return show(stages, problems)
     if problems:
         return 2, problems
     if args.dry_run:
-        print("\n".join(_describe(stages)))
+        print("\n".join(describe(stages)))
         return 0, []
     configs = [stage.config for stage in stages]
     launchers = {config.cluster.launcher for config in configs}
@@ -156,22 +166,26 @@ def read_parts(args: argparse.Namespace) -> tuple[list[Part], list[str]]:
             problems.append(f"unknown pipeline {name!r}{nearest(name, known)} (known: {', '.join(known)})")
     if args.stages is not None and not problems:
         by_name = {part.name: part for part in parts}
-        wanted = args.stages.split(",")
-        problems += [
-            f"--stages: no stage {stage!r}{nearest(stage, by_name)} (known: {', '.join(by_name)})"
-            for stage in wanted
-            if stage not in by_name
-        ]
-        parts = [by_name[stage] for stage in dict.fromkeys(wanted) if stage in by_name]
+        wanted, problems = chosen("stage", args.stages, by_name)
+        parts = [by_name[stage] for stage in wanted]
     return parts, problems
+
+
+def chosen(kind: str, text: str | None, known: Sequence[str] | Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The names that an option such as ``--stages A,B`` lists, all where it is not given, and sentences about unknown ones."""
+    wanted = list(known) if text is None else list(dict.fromkeys(text.split(",")))
+    unknown = [name for name in wanted if name not in known]
+    problems = [f"--{kind}s: no {kind} {name!r}{nearest(name, known)} (known: {', '.join(known)})" for name in unknown]
+    return [name for name in wanted if name in known], problems
 
 
 def build_stages(parts: Sequence[Part], args: argparse.Namespace, root: Path) -> tuple[list[Stage], list[str]]:
     """Check all stages; returns them and their problems, each with the stages that have it."""
     found: dict[str, list[str]] = {}
     stages: list[Stage] = []
+    opened: Opened = {}
     for part in parts:
-        words = [*part.words, *_words_for(part, parts, args), "--run-dir", str(root / part.name)]
+        words = [*part.words, *words_for(part, [other.stage for other in parts], args), "--run-dir", str(root / part.name)]
         if part.start is not None:
             words += ["--init", str(root / part.start)]
         stage_args = stage_parser(part.task).parse_args([part.recipe, *words])
@@ -179,11 +193,19 @@ def build_stages(parts: Sequence[Part], args: argparse.Namespace, root: Path) ->
             setattr(stage_args, way, getattr(args, way))
         stage_args.job_folder = str(root)
         layers, problems = collect_layers(stage_args)
-        checked = check_stage(stage_args, layers, [root / stage.part.name for stage in stages])
+        checked = check_stage(stage_args, layers, [root / stage.part.name for stage in stages], opened)
+        start = next((stage.checked.config for stage in stages if stage.part.name == part.start), None)
+        if start and checked.config and (differing := other_settings(start.model, checked.config.model)):
+            problems.append(f"another model than {part.start}, which it starts with: {'; '.join(differing)}")
         for problem in [*problems, *checked.problems]:
             found.setdefault(problem, []).append(part.name)
         stages.append(Stage(part, stage_args, checked))
-    return stages, [f"{', '.join(names)}: {problem}" for problem, names in found.items()]
+    return stages, [f"{_listing(names)}: {problem}" for problem, names in found.items()]
+
+
+def _listing(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 def run_here(root: Path, stages: Sequence[Stage], *, probe: bool = False) -> tuple[int, list[str]]:
@@ -210,7 +232,8 @@ def run_here(root: Path, stages: Sequence[Stage], *, probe: bool = False) -> tup
     return code, problems
 
 
-def _describe(stages: Sequence[Stage]) -> Iterator[str]:
+def describe(stages: Sequence[Stage]) -> Iterator[str]:
+    """A line about each stage: steps, ranks, start, folder, and whether it is there already."""
     for stage in stages:
         config, checked = stage.config, stage.checked
         state = "finished" if stage.is_finished else "exists, would go on" if config.run_dir.exists() else "new"
@@ -219,18 +242,24 @@ def _describe(stages: Sequence[Stage]) -> Iterator[str]:
         yield f"{stage.part.name}: {steps} steps on {config.cluster.world_size} ranks{start}; {config.run_dir} ({state})"
 
 
-def _words_for(part: Part, parts: Sequence[Part], args: argparse.Namespace) -> Iterator[str]:
-    """The options of one stage: those for all stages, then those of its task, then its own."""
-    stages = {*TASKS, *(other.name for other in parts)}
-    for wanted in dict.fromkeys((None, part.task, part.name)):
+def words_for(part: Part, names: Collection[str], args: argparse.Namespace) -> Iterator[str]:
+    """The options of one stage: those for all stages, then those of its task, then its own.
+
+    Args:
+        part: the stage.
+        names: of all stages.
+        args: values of :func:`add_values`.
+    """
+    stages = {*TASKS, *names}
+    for wanted in dict.fromkeys((None, part.task, part.stage)):
         for action in _stage_options():
             for text in getattr(args, action.dest):
-                stage, value = _split(text, stages)
+                stage, value = split(text, stages)
                 if stage == wanted:
                     yield f"{action.option_strings[0]}={value}"
 
 
-def _split(text: str, stages: Collection[str] = TASKS) -> tuple[str | None, str]:
+def split(text: str, stages: Collection[str] = TASKS) -> tuple[str | None, str]:
     """(stage or None for all, value) of ``[STAGE:]VALUE``."""
     stage, colon, value = text.partition(":")
     return (stage, value) if colon and stage in stages else (None, text)
@@ -247,22 +276,32 @@ def _stage_options() -> list[argparse.Action]:
 def _read_file(path: Path, name: str) -> tuple[list[Part], list[str]]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        stages = content["stages"]
-        items = [(str(stage), dict(fields or {})) for stage, fields in stages.items()]
+        stages = {str(stage): dict(fields or {}) for stage, fields in content["stages"].items()}
     except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
         return [], [f"{path}: expected stages: {{NAME: {{task, recipe, from, options}}}}: {error}"]
-    problems = [problem for stage, fields in items for problem in _part_problems(path, stage, fields, stages)]
+    return read_stages(path, stages, name)
+
+
+def read_stages(path: Path, stages: Mapping[str, Mapping[str, Any]], recipe: str) -> tuple[list[Part], list[str]]:
+    """The stages that a file describes, and sentences about what is wrong with them.
+
+    Args:
+        path: of the file, for the sentences.
+        stages: name -> task, recipe, from, options; all may be missing.
+        recipe: of stages that name none.
+    """
+    problems = [problem for stage, fields in stages.items() for problem in _part_problems(path, stage, fields, stages)]
     if problems:
         return [], problems
     return [
         Part(
             stage,
             str(fields.get("task", stage)),
-            str(fields.get("recipe", name)),
+            str(fields.get("recipe", recipe)),
             fields.get("from"),
             shlex.split(str(fields.get("options", ""))),
         )
-        for stage, fields in items
+        for stage, fields in stages.items()
     ], []
 
 
@@ -271,6 +310,10 @@ def _part_problems(path: Path, stage: str, fields: Mapping[str, Any], stages: Ma
         yield f"{path}: {stage!r} cannot name a stage: it takes small letters, digits, '-' and '_'"
     if (task := str(fields.get("task", stage))) not in TASKS:
         yield f"{path}: {stage}: unknown task {task!r}{nearest(task, TASKS)} (known: {', '.join(TASKS)})"
+    try:
+        shlex.split(str(fields.get("options", "")))
+    except ValueError as error:
+        yield f"{path}: {stage}: options {fields['options']!r}: {error}"
     for key in fields:
         if key not in ("task", "recipe", "from", "options"):
             yield f"{path}: {stage}: unknown key {key!r} (known: task, recipe, from, options)"
@@ -284,7 +327,8 @@ def _common_recipes() -> list[str]:
     return [name for name in recipe_names(_FIRST) if all(name in recipe_names(task) for task in TASKS)]
 
 
-def _default_name(args: argparse.Namespace) -> str:
-    data = [value for text in args.data if _split(text)[0] is None for value in [_split(text)[1]]]
-    names = [FOLDER, args.pipeline, *(re.sub(r"[^A-Za-z0-9._-]+", "-", Path(absolute(source)).name) for source in data[-1:])]
+def default_name(words: Sequence[str], args: argparse.Namespace) -> str:
+    """Name of a folder in runs/: the words, and the data of all stages."""
+    data = [value for text in args.data if split(text)[0] is None for value in [split(text)[1]]]
+    names = [*words, *(re.sub(r"[^A-Za-z0-9._-]+", "-", Path(absolute(source)).name) for source in data[-1:])]
     return "-".join(filter(None, names))[:100]

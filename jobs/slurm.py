@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs.options import absolute
 from jobs.runs import BATCH, JOB
 from nepa_dist.config import ClusterConfig, Config
 from nepa_dist.run_folder import write_text
@@ -108,7 +109,7 @@ def submit(job: Job) -> str:
         OSError: a file cannot be written.
     """
     place = job.folder / job.record if job.is_array else job.runs[0] / job.record
-    for folder in (place, job.log.parent):
+    for folder in (place, job.log.parent, *(run / job.record for run in job.runs)):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     script = place / "script.sh"
     write_text(script, batch_script(job))
@@ -180,7 +181,7 @@ def _setup(job: Job) -> Iterator[str]:
     yield f"max_stalled={where.max_stalled_starts}"
     yield f"silence={'stopped' if job.module == RUNNER else 'finished'}"
     if where.source is not None:
-        yield f". {shlex.quote(os.path.expanduser(where.source))}"
+        yield f". {shlex.quote(absolute(where.source))}"
     if where.modules:
         yield "type module >/dev/null 2>&1 || . /etc/profile"
         yield f"module load {shlex.join(where.modules)}"

@@ -14,7 +14,7 @@ from pathlib import Path
 if not __package__:  # started as a file: the folder above holds both packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from jobs import control, pipeline, probe, status, sweep
+from jobs import control, doctor_nodes, pipeline, probe, status, sweep
 from jobs.checks import Checked, check_stage
 from jobs.cluster import USER_ERROR
 from jobs.findings import Finding, table
@@ -35,13 +35,14 @@ examples:
   python jobs/submit.py pretrain vit_s --data digits --config configs/ablate/no_shift.yaml --name no-shift
   python jobs/submit.py pretrain vit_s --data digits --set optim.base_lr=1e-3 --set steps=500
   python jobs/submit.py pipeline vit_tiny --data digits                  pretrain, then fine-tune and segment from it
-  python jobs/submit.py sweep ablate_digits                              variants side by side, one table at the end
+  python jobs/submit.py sweep objective_digits                           variants of a pipeline, compared in a table
 
 other commands:
   python jobs/submit.py probe RUN                                        what the features of a pretraining run are worth
   python jobs/submit.py prepare SOURCE OUT [--array 16]                  pack a data set into shards, here or as SLURM jobs
   python jobs/submit.py watch RUN                                        its curves, in the terminal
   python jobs/submit.py doctor --data DATA                               can this node feed its GPUs with this data?
+  python jobs/submit.py doctor --nodes N                                 are these nodes fit to train together, or which is bad?
   python jobs/submit.py status [RUN ...]                                 where each run stands, and why
   python jobs/submit.py logs RUN [-f] [--rank R]                         what it says
   python jobs/submit.py stop RUN | cancel RUN | resume RUN               save and end | end at once | go on
@@ -87,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return watch.main(rest)
     if command == "doctor":
+        if any(word.partition("=")[0] == "--nodes" for word in rest):
+            return doctor_nodes.main(rest)
         from jobs import doctor
 
         return doctor.main(rest)
@@ -145,7 +148,7 @@ def show_checks(problems: Sequence[str], findings: Sequence[Finding]) -> int:
     """Print what every check says; returns 2 if one found a problem."""
     named = [*(Finding("problem", text, "options") for text in problems), *findings]
     wrong = sum(finding.kind == "problem" for finding in named)
-    summary = f"{wrong} problems" if wrong else "no problems"
+    summary = "1 problem" if wrong == 1 else f"{wrong or 'no'} problems"
     _print_report([*table(named), f"{len(named)} checks, {summary}, nothing was started"])
     return USER_ERROR if wrong else 0
 

@@ -21,7 +21,7 @@ from pydantic import Field, field_validator
 from nepa_dist.config_base import ConfigError, Decay, Section, nearest
 from nepa_dist.config_cluster import ClusterConfig
 from nepa_dist.config_data import AugmentConfig, DataConfig
-from nepa_dist.config_model import ModelConfig, ObjectiveConfig
+from nepa_dist.config_model import ModelConfig, ObjectiveConfig, other_settings
 from nepa_dist.config_task import EvaluateConfig, FinetuneConfig, SegmentConfig
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "changed_keys",
     "may_differ",
     "nearest",
+    "other_settings",
 ]
 
 

@@ -111,8 +111,8 @@ class ClusterConfig(Section):
     @field_validator("source", "secrets_file", "python", "container")
     @classmethod
     def _is_plain(cls, value: str | None) -> str | None:
-        if value is not None and is_hostile(value):
-            raise ValueError(f"{value!r} has a control character or a line break")
+        if value is not None and (is_hostile(value) or value.startswith("-")):
+            raise ValueError(f"{value!r} begins with -, or has a control character or a line break")
         return value
 
     @field_validator("modules", "container_mounts", "shared")

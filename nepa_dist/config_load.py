@@ -43,7 +43,7 @@ def load_config(
     layers = [("the command line", base or {})]
     for file in files:
         try:
-            layers.append((str(file), _read_yaml(Path(file))))
+            layers.append((str(file), read_yaml(Path(file))))
         except ConfigError as error:
             problems += error.problems
     for override in overrides:
@@ -89,7 +89,12 @@ _StrictLoader.add_implicit_resolver(
 _YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: 2024-02-30, or a number of 5000 digits
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds; empty for an empty file.
+
+    Raises:
+        ConfigError: the file cannot be read, is no YAML, gives a key twice, or holds something else.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

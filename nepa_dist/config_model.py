@@ -98,6 +98,25 @@ class ModelConfig(Section):
         return self.mlp_hidden_dim or presets.mlp_hidden_dim(self.embed_dim, self.mlp_ratio, self.gated_mlp)
 
 
+_FREE = {"preset", "mlp_ratio", "mlp_hidden_dim", "image_size", "drop_path", "rope_rescale", "layer_scale_init", "init_std"}
+"""Settings that neither shape tensors nor change what is computed from them. The MLP is compared by its width in effect."""
+
+
+def other_settings(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
+    """Settings that change what a model computes and differ, so that the weights of one are of no use to the other."""
+    free = _FREE if ours.rope else _FREE - {"image_size"}
+
+    def settings(model: ModelConfig) -> dict[str, Any]:
+        values = {key: value for key, value in model.model_dump().items() if key not in free}
+        return values | {"mlp_hidden_dim": model.mlp_hidden_dim_}
+
+    before, after = settings(theirs), settings(ours)
+    changed = [key for key in after if before[key] != after[key]]
+    if not before["qk_norm_affine"] and after["qk_norm_affine"]:
+        changed.remove("qk_norm_affine")
+    return [f"model.{key}: {before[key]!r} there, {after[key]!r} here" for key in changed]
+
+
 class ObjectiveConfig(Section):
     """What pretraining minimises, and the switches of the paper's ablations (paper Table 1)."""
 

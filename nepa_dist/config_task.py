@@ -25,7 +25,7 @@ class FinetuneConfig(Section):
     pool: Literal["mean", "last"] = "mean"
     """mean of the patch tokens and a LayerNorm (released), or the last token (paper)."""
     freeze_patch_embed: bool = True
-    """Keep the patch embedding as pretrained (paper Table 7: 73.1 -> 77.4)."""
+    """Keep the patch embedding as pretrained (paper Table 1d: 73.1 -> 77.4)."""
     label_smoothing: Share = 0.1
     """Paper."""
     mixup: float = Field(0.8, ge=0)

@@ -28,8 +28,9 @@ def plot_curves(run_dir: str | Path) -> list[Path]:
     """Draw the curves of a run into ``<run_dir>/figures``.
 
     ``loss.png``, ``grad_norm.png`` (logarithmic), ``collapse.png`` (mean cosine and effective rank of targets and
-    predictions), ``validation.png`` (top-1 and top-5, or mIoU and accuracies); each only if the run has values for it. Loss
-    and gradient norm show a moving average with the raw values behind it, and mark where steps were skipped.
+    predictions), ``validation.png`` (top-1 and top-5, or mIoU and accuracies), ``knn.png`` (accuracy beside pretraining); each
+    only if the run has values for it. Loss and gradient norm show a moving average with the raw values behind it, and mark
+    where steps were skipped.
 
     Args:
         run_dir: folder of a run, with ``metrics.jsonl``.
@@ -66,6 +67,11 @@ def plot_curves(run_dir: str | Path) -> list[Path]:
     if scores := {name: points for name, points in scores.items() if points[0]}:
         path = figures / "validation.png"
         plot_lines(path, scores, xlabel="step", ylabel="share, averaged weights", title=title)
+        paths.append(path)
+    accuracy = _points(rows, "knn_top1", step="knn_step")
+    if accuracy[0]:
+        path = figures / "knn.png"
+        plot_lines(path, {"knn_top1": accuracy}, xlabel="step", ylabel="k-NN top-1 beside training", title=title)
         paths.append(path)
     return paths
 
@@ -138,9 +144,14 @@ def _draw(axes: Axes, series: Series, ylabel: str, *, smooth: bool = False) -> N
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _points(rows: Sequence[Mapping[str, float]], key: str, *, positive: bool = False) -> tuple[list[float], list[float]]:
-    """Steps and values of one key; NaN where a value cannot be drawn, so that the line breaks; empty if none can."""
-    points = [(row["step"], row[key]) for row in rows if key in row]
+def _points(
+    rows: Sequence[Mapping[str, float]], key: str, *, step: str = "step", positive: bool = False
+) -> tuple[list[float], list[float]]:
+    """Steps and values of one key; NaN where a value cannot be drawn, so that the line breaks; empty if none can.
+
+    Rows with the same ``step``, which may be another key, are one point.
+    """
+    points = list({row[step]: row[key] for row in rows if key in row and step in row}.items())
     values = [y if math.isfinite(y) and (y > 0 or not positive) else math.nan for _, y in points]
     if all(math.isnan(y) for y in values):
         return [], []

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from nepa_dist.config import DataConfig
-from nepa_dist.data.augment import Mask, cut_center
+from nepa_dist.data.augment import Mask
 from nepa_dist.data.containers import open_split
 from nepa_dist.data.decode import BadImage, decode_image
 
@@ -78,6 +79,20 @@ def from_samples(data: DataConfig, numbers: Sequence[int], image_size: int) -> l
     return images
 
 
-def squares(images: Sequence[Shown], size: int) -> list[Shown]:
-    """The central square of each, ``size`` pixels wide."""
-    return [Shown(image.name, cut_center(image.pixels, size, interpolation="bilinear")) for image in images]
+def cropped(images: Sequence[Shown], height: int, width: int) -> list[Shown]:
+    """The largest central part of each that has the shape of height x width, scaled to that many pixels."""
+    return [Shown(image.name, _fit(image.pixels, height, width)) for image in images]
+
+
+def whole(images: Sequence[Shown], short: int, patch_size: int) -> list[Shown]:
+    """Each scaled so that its short side has ``short`` pixels; both sides become the nearest multiple of the patch size."""
+    shown = []
+    for image in images:
+        scale = short / min(image.pixels.shape[:2]) / patch_size
+        height, width = (max(1, round(side * scale)) * patch_size for side in image.pixels.shape[:2])
+        shown.append(Shown(image.name, _fit(image.pixels, height, width)))
+    return shown
+
+
+def _fit(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    return np.asarray(ImageOps.fit(Image.fromarray(pixels), (width, height), Image.Resampling.BILINEAR))

@@ -15,7 +15,8 @@ zero3      as zero2, / W   4P / W                   4P / W + bucket 8P / W, 4P /
 
 ``bf16`` means precision ``bf16_params``; with ddp its copy of 2P lives during forward and backward, with fsdp2 that of a block.
 \* With accumulation fsdp2 and hsdp keep gradients whole, 4P, until the last micro-batch reduces them. Without
-``reshard_after_forward`` gathered weights add 4P (bf16: 2P) to fsdp2, hsdp and zero3.
+``reshard_after_forward`` gathered weights add 4P (bf16: 2P) to fsdp2, hsdp and zero3; gradients of fsdp2 and hsdp take the room
+that they leave, where there is no accumulation.
 zero3 keeps a bucket of ``BUCKET_NUMEL`` numbers. ``tests/test_memory.py`` compares these with the tensors that are really held.
 
 Activations: 22 D + 6 H bytes per token and block with a gated MLP, 22 D + 4 H with a plain one, for bf16 and an attention that
@@ -92,7 +93,8 @@ def state_bytes(config: Config, grad_accum_steps: int) -> dict[str, int]:
     if config.optim.ema_decay is not None:
         rows["EMA"] = 4 * P // optimizer_shards
     if engine.name in ("fsdp2", "hsdp", "zero3") and not engine.reshard_after_forward and config.state_shards > 1:
-        rows["gathered weights"] = (2 if low else 4) * P
+        gathered = (2 if low else 4) * P
+        rows["gathered weights"] = gathered if zero or grad_accum_steps > 1 else max(0, gathered - gradients)
     if engine.name == "zero3":
         rows["bucket of gradients"] = 4 * min(P, BUCKET_NUMEL)
     return rows

@@ -44,7 +44,7 @@ class KnnResult(NamedTuple):
     values: dict[str, float]
     """Metrics by registry key: accuracy, its step and time if there is one, and in any case the count of failures."""
     problem: str | None
-    """Why there is no accuracy; fit to print alone."""
+    """Why there is no accuracy."""
 
 
 def online_knn_problems(config: Config, train: Container | None = None) -> list[str]:
@@ -155,14 +155,14 @@ class OnlineKnn:
         self._worker.close()
         if self._thread is not None:
             self._thread.join(_CLOSE_SECONDS)
+        self._result = None
 
     def _measure(self, step: int, state: dict[str, Tensor]) -> None:
         start = time.perf_counter()
         try:
             accuracy = self._worker.accuracy(state)
         except Exception as error:  # whatever it is, training goes on
-            reason = str(error) or type(error).__name__
-            self._result = KnnResult(step, {}, f"k-NN of step {step} failed: {reason}")
+            self._result = KnnResult(step, {}, str(error) or type(error).__name__)
             return
         values = {"knn_top1": accuracy, "knn_step": float(step), "knn_seconds": time.perf_counter() - start}
         self._result = KnnResult(step, values, None)

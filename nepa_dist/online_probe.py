@@ -68,7 +68,7 @@ class OnlineProbe:
         backbone.load_state_dict(state, strict=True, assign=True)
         data: list[Any] = []
         for images in self._images:
-            found, labels = extract_features(backbone, self._batches(images), layers=[layer], causal=config.objective.causal)
+            found, labels = extract_features(backbone, self._batches(images), layers=[layer], causal=config.causal)
             data += [found[layer], labels]
         k = max(1, min(MAX_K, len(data[1]) // self._num_classes))
         return knn_accuracy(*data, ks=(k,), device=self._device)[k]

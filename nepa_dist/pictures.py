@@ -7,6 +7,7 @@ Suffix letters: H and W height and width in pixels, C classes.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 IGNORE = 255
 """Mask value of pixels without a class."""
 
-MAX_LEGEND = 12
+MAX_LEGEND = 20
 """Classes that the legend of a segmentation names; it counts the rest."""
 
 _QUERY_COLOR = "#e8112d"
 _PANEL_INCHES = 3.4
+_LEGEND_ROW_INCHES = 0.19
 _MAX_NAME = 28  # characters of a class name in the legend
 _MIN_COSINE_SPAN = 0.02  # a map flatter than this is drawn flat, not stretched until its noise shows
 _CLASS_WEIGHT = 0.62  # of the class colour over the image
@@ -33,7 +35,7 @@ _LEGEND_GRAY = 167.0  # what the pale image is on average, so that the legend sh
 
 
 def save_figure(path: Path, title: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> None:
-    """Write one PNG file.
+    """Write one PNG file, in one step: a reader sees the old or the new picture.
 
     Args:
         path: the file; its folder is made if missing.
@@ -49,7 +51,9 @@ def save_figure(path: Path, title: str, size: tuple[float, float], draw: Callabl
     figure.suptitle(title, fontsize=11)
     draw(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    figure.savefig(temporary, dpi=150, format="png")
+    os.replace(temporary, path)
 
 
 class MapRow(NamedTuple):
@@ -151,35 +155,40 @@ def _outline(axes: Axes, query: tuple[int, int], height: int, width: int) -> Non
 
 
 def draw_segmentation(
-    image: NDArray[np.uint8],
-    mask: NDArray[np.integer[Any]],
-    class_names: Sequence[str],
     path: str | Path,
+    image: NDArray[np.uint8],
+    prediction: NDArray[np.integer[Any]],
+    truth: NDArray[np.integer[Any]] | None,
+    class_names: Sequence[str],
+    colors: NDArray[np.uint8] | None = None,
     *,
-    truth: NDArray[np.integer[Any]] | None = None,
     ignore: int = IGNORE,
     title: str = "segmentation",
 ) -> None:
     """Draw the classes of pixels over an image into a PNG file: image, prediction and, where given, truth.
 
-    The legend names the classes of both masks by area, with their share of the pixels; pixels without a class are striped.
+    The legend names the classes that occur, the largest first, with their share of the pixels; pixels without a class are
+    striped.
 
     Args:
-        image: uint8 [H, W, 3].
-        mask: integer [H, W], predicted class of each pixel, or ``ignore``.
-        class_names: name of each class, by index.
         path: the file; its folder is made if missing.
-        truth: integer [H, W], the same for the labels.
+        image: uint8 [H, W, 3].
+        prediction: integer [H, W], class of each pixel, or ``ignore``.
+        truth: integer [H, W], the same for the labels, or None.
+        class_names: name of each of the C classes, by index.
+        colors: uint8 [C, 3]; default: :func:`class_colors`.
         ignore: value of pixels without a class.
         title: above the picture.
 
     Raises:
-        ValueError: a mask has another size than the image, or a value that is no class.
+        ValueError: a mask has another size than the image, or a value that is no class; or there is not a colour per class.
     """
-    panels = {"prediction": mask} if truth is None else {"prediction": mask, "truth": truth}
+    panels = {"prediction": prediction} if truth is None else {"prediction": prediction, "truth": truth}
     for name, part in panels.items():
         _check_mask(name, part, image, len(class_names), ignore)
-    colors = class_colors(len(class_names))
+    colors = class_colors(len(class_names)) if colors is None else colors
+    if colors.shape != (len(class_names), 3):
+        raise ValueError(f"the colours {colors.shape} must be [{len(class_names)}, 3], one for each class")
 
     def draw(figure: Figure) -> None:
         grid = figure.subplots(1, 1 + len(panels))
@@ -190,12 +199,12 @@ def draw_segmentation(
             axes.set_title(name, fontsize=10)
         for axes in grid:
             axes.set_axis_off()
-        figure.legend(
-            handles=_legend(panels, class_names, colors, ignore), loc="outside right upper", frameon=False, fontsize=9
-        )
+        figure.legend(handles=legend, loc="outside right upper", frameon=False, fontsize=9)
 
+    legend = _legend(panels, class_names, colors, ignore)
     aspect = min(max(image.shape[1] / image.shape[0], 0.4), 2.5)
-    save_figure(Path(path), title, (_PANEL_INCHES * aspect * (1 + len(panels)) + 3.2, max(_PANEL_INCHES + 0.5, 3.6)), draw)
+    height = max(_PANEL_INCHES + 0.5, _LEGEND_ROW_INCHES * len(legend) + 0.2)
+    save_figure(Path(path), title, (_PANEL_INCHES * aspect * (1 + len(panels)) + 3.2, height), draw)
 
 
 def _check_mask(name: str, mask: NDArray[np.integer[Any]], image: NDArray[np.uint8], num_classes: int, ignore: int) -> None:
@@ -267,21 +276,15 @@ def class_colors(num_classes: int) -> NDArray[np.uint8]:
     """Colours of classes, as different to the eye as can be: class i has the same colour whatever the number of classes.
 
     Each next colour is the one farthest from all before it, in OKLab, among saturated colours of medium lightness; grays are
-    left to what has no class.
+    left to what has no class. They repeat after 1024.
 
     Args:
-        num_classes: C, at most 1024.
+        num_classes: C.
 
     Returns:
         uint8 [C, 3].
-
-    Raises:
-        ValueError: there are not so many colours.
     """
-    palette = _palette()
-    if num_classes > len(palette):
-        raise ValueError(f"there are colours for {len(palette)} classes, not for {num_classes}")
-    return palette[:num_classes]
+    return np.resize(_palette(), (num_classes, 3))
 
 
 @functools.cache

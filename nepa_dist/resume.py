@@ -50,7 +50,9 @@ def begin(run: Run) -> list[str]:
 
 def begins_with_transfer(config: Config) -> bool:
     """Whether a new run takes its weights from another model, before an engine cuts its own (:mod:`nepa_dist.transfer`)."""
-    return config.init.path is not None and config.task != "pretrain" and config.init.load in ("weights", "ema")
+    if config.init.path is None or config.init.load not in ("weights", "ema"):
+        return False
+    return config.task != "pretrain" or (Path(config.init.path) / "config.json").is_file()  # weights, not a run or a checkpoint
 
 
 def _continue(run: Run, path: Path) -> list[str]:
@@ -113,7 +115,7 @@ def _find(source: Path, notes: list[str]) -> Path:
     if path is None:
         hint = f"; did you mean {source.absolute().parent}?" if source.name == "checkpoints" else ""
         if (source / "model.safetensors").exists():
-            hint = "; it holds weights alone: convert with --what weights+ema, or name the run itself"
+            hint = "; it holds weights alone: give --load weights, or name the run itself"
         raise ConfigError([f"init.path {source} is neither a checkpoint nor a run that has one{hint}"])
     return path
 

@@ -8,20 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nepa_dist.checkpoint.portable import CheckpointError
-from nepa_dist.config import ConfigError, ModelConfig
+from nepa_dist.config import ConfigError, ModelConfig, other_settings
 from nepa_dist.names import by_module, misfits
 from nepa_dist.official import OfficialFormatError
 from nepa_dist.tasks.base import Task
 from nepa_dist.trained import Weights, WeightsError, read_weights
-
-_FREE = {"preset", "mlp_ratio", "mlp_hidden_dim", "image_size", "drop_path", "rope_rescale", "layer_scale_init", "init_std"}
-"""Settings that neither shape tensors nor change what is computed from them. The MLP is compared by its width in effect."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ def transfer(task: Task, source: str | Path, *, ema: bool) -> Account:
         raise ConfigError([f"init.load ema: {source} holds no averaged weights, only {weights.provenance.origin}"])
     own = task.state_dict()
     found, ones = _with_ones(weights, own, task.backbone.config)
-    problems = [*_other_settings(weights.config.model, task.backbone.config), *_other_tensors(found, own)]
+    problems = [*other_settings(weights.config.model, task.backbone.config), *_other_tensors(found, own)]
     if problems:
         raise ConfigError([f"init.path: {source} holds another model than this run", *problems])
     head, notes = _head_problems(found, own, weights.config.task)
@@ -104,21 +100,6 @@ def _with_ones(weights: Weights, own: Mapping[str, Tensor], model: ModelConfig) 
     if model.qk_norm_affine and not weights.config.model.qk_norm_affine:
         ones += [name for name in own if name.endswith((".q_norm.weight", ".k_norm.weight")) and name not in weights.state]
     return weights.state | {name: torch.ones_like(own[name]) for name in ones if name in own}, ones
-
-
-def _other_settings(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
-    """Settings that change what a model computes and differ."""
-    free = _FREE if ours.rope else _FREE - {"image_size"}
-
-    def settings(model: ModelConfig) -> dict[str, Any]:
-        values = {key: value for key, value in model.model_dump().items() if key not in free}
-        return values | {"mlp_hidden_dim": model.mlp_hidden_dim_}
-
-    before, after = settings(theirs), settings(ours)
-    changed = [key for key in after if before[key] != after[key]]
-    if not before["qk_norm_affine"] and after["qk_norm_affine"]:
-        changed.remove("qk_norm_affine")
-    return [f"model.{key}: {before[key]!r} there, {after[key]!r} here" for key in changed]
 
 
 def _other_tensors(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

@@ -1,7 +1,8 @@
 """Pictures of what a model sees: ``python -m nepa_dist.visualize RUN|WEIGHTS IMAGE...``
 
 For each image the paper's figure 5: the query patch, its attention and the similarity to its prediction, as computed by
-:mod:`nepa_dist.maps`. Of a segmentation model the classes over the image, beside the true ones where they are known.
+:mod:`nepa_dist.maps`. Of a segmentation model the classes over the image, beside the true ones where they are known. Without
+images, the curves of the run.
 
 matplotlib and torch are loaded when the first picture is drawn.
 """
@@ -11,17 +12,18 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nepa_dist.curves import plot_curves
 from nepa_dist.pictures import MapRow, draw_maps, draw_segmentation
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from nepa_dist.config import Config, DataConfig
+    from nepa_dist.config import Config, DataConfig, ModelConfig
     from nepa_dist.gallery import Shown
     from nepa_dist.maps import Query
     from nepa_dist.tasks.segment import SegmentTask
@@ -95,7 +97,7 @@ def plot_segmentation(
     with torch.inference_mode():
         prediction = task.predict(normalize(resized[None], data.mean, data.std), image.pixels.shape[:2])[0]
     truth = None if image.mask is None else class_mask(image.mask, task.config)
-    draw_segmentation(image.pixels, prediction.numpy(), class_names, path, truth=truth, title=title)
+    draw_segmentation(path, image.pixels, prediction.numpy(), truth, class_names, title=title)
 
 
 def default_queries(rows: int, columns: int) -> list[Query]:
@@ -118,16 +120,28 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, for example 0,6,11") from None
 
 
-def _run(args: argparse.Namespace) -> None:
-    from nepa_dist.gallery import from_files, from_samples, squares
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and (width or height).isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither PIXELS nor HEIGHTxWIDTH, for example 224 or 224x448")
+    return int(height), int(width or height)
+
+
+def _run(args: argparse.Namespace) -> Iterator[Path]:
+    """Draw what was asked for; gives the files as they are made."""
+    if not args.images and not args.samples:
+        paths = plot_curves(args.model) if args.model.is_dir() else []
+        if not paths:
+            raise ValueError("there is nothing to draw: name image files, or --samples of the validation split")
+        yield from paths
+        return
+    from nepa_dist.gallery import from_files, from_samples
     from nepa_dist.tasks.segment import SegmentTask
     from nepa_dist.trained import load_trained
 
     trained = load_trained(args.model, ema=not args.raw)
     data = trained.config.data if args.data is None else trained.config.data.model_copy(update={"source": args.data})
     images = [*from_files(args.images), *from_samples(data, args.samples, trained.config.model.image_size)]
-    if not images:
-        raise ValueError("there is nothing to draw: name image files, or --samples of the validation split")
     is_run = (args.model / "checkpoints").is_dir()
     out = args.out or (args.model / "figures" if is_run else Path())
     where = f"{args.model.resolve().name}, {trained.origin}"
@@ -136,15 +150,30 @@ def _run(args: argparse.Namespace) -> None:
         for image in images:
             path = out / f"{image.name}_segmentation.png"
             plot_segmentation(trained.task, trained.data, image, names, path, title=f"{image.name}  -  {where}")
-            print(f"wrote {path}")
+            yield path
         return
-    model = trained.task.backbone.config
-    size = model.image_size if args.size is None else args.size
-    queries = _queries(args, size, model.patch_size)
-    for image in squares(images, size):
+    images = _fitted(args, images, trained.task.backbone.config)
+    patch_size = trained.task.backbone.config.patch_size
+    queries = [_queries(args, *(side // patch_size for side in image.pixels.shape[:2])) for image in images]
+    for image, wanted in zip(images, queries, strict=True):
         path = out / f"{image.name}_maps.png"
-        plot_maps(trained, image.pixels, queries, path, layers=args.layers, title=f"{image.name}  -  {where}")
-        print(f"wrote {path}")
+        plot_maps(trained, image.pixels, wanted, path, layers=args.layers, title=f"{image.name}  -  {where}")
+        yield path
+
+
+def _fitted(args: argparse.Namespace, images: list[Shown], model: ModelConfig) -> list[Shown]:
+    """The images as the model is to see them."""
+    from nepa_dist.gallery import cropped, whole
+    from nepa_dist.maps import check_size
+
+    height, width = args.size or (model.image_size, model.image_size)
+    for side in (height, width):
+        check_size(side, model.patch_size)
+    if not args.whole:
+        return cropped(images, height, width)
+    if height != width:
+        raise ValueError(f"--whole keeps the shape of the image: give one size, not {height}x{width}")
+    return whole(images, height, model.patch_size)
 
 
 def _class_names(config: Config, data: DataConfig) -> list[str]:
@@ -158,29 +187,30 @@ def _class_names(config: Config, data: DataConfig) -> list[str]:
         return [str(index) for index in range(config.num_classes or 0)]
 
 
-def _queries(args: argparse.Namespace, size: int, patch_size: int) -> list[Query]:
-    from nepa_dist.maps import check_query, check_size
+def _queries(args: argparse.Namespace, rows: int, columns: int) -> list[Query]:
+    """The query patches in a grid; refuses those that are not in it."""
+    from nepa_dist.maps import check_query
 
-    side = check_size(size, patch_size)
     for number in args.query_patch:
-        if not 0 <= number < side * side:
-            raise ValueError(f"query patch {number} is outside the grid of {side} x {side}: patches are 0 to {side * side - 1}")
-    queries = list(args.query) + [divmod(number, side) for number in args.query_patch]
+        if not 0 <= number < rows * columns:
+            last = rows * columns - 1
+            raise ValueError(f"query patch {number} is outside the grid of {rows} x {columns}: patches are 0 to {last}")
+    queries = list(args.query) + [divmod(number, columns) for number in args.query_patch]
     for query in queries:
-        check_query(query, side, side)
-    return queries or default_queries(side, side)
+        check_query(query, rows, columns)
+    return queries or default_queries(rows, columns)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m nepa_dist.visualize",
-        description="Draw what a patch attends to and predicts, or the classes that a segmentation model sees.",
+        description="Draw what a patch attends to and predicts, the classes that a segmentation model sees, or a run's curves.",
     )
     parser.add_argument(
         "model", type=Path, metavar="RUN|WEIGHTS", help="folder of a run, a checkpoint or weights, or a safetensors file"
     )
-    parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="image files")
+    parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="image files; without any, the run's curves")
     parser.add_argument(
         "--samples", type=_numbers, default=[], metavar="0,5,7", help="images of the validation split, by number"
     )
@@ -197,13 +227,17 @@ def main(argv: list[str] | None = None) -> int:
         help="query patch by number, row by row from 0; repeat for more",
     )
     parser.add_argument("--layers", type=_numbers, metavar="0,6,11", help="a panel for each; default: the mean over all layers")
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the image that the model sees; default: as trained")
+    parser.add_argument(
+        "--size", type=_size, metavar="PIXELS|HxW", help="of the central part that the model sees; default: as trained"
+    )
+    parser.add_argument("--whole", action="store_true", help="the model sees the whole image; its short side gets the size")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/figures; for weights the current folder")
     parser.add_argument("--raw", action="store_true", help="use the weights themselves, not their average")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")
     try:
-        _run(args)
+        for path in _run(args):
+            print(f"wrote {path}", flush=True)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -90,7 +90,7 @@ ARROWS: dict[str, set[str]] = {
     "optim": {"config", "plan"},
     "curves": {"metrics.sinks", "pictures"},
     "gallery": {"config", "data"},
-    "visualize": {"config", "data", "gallery", "maps", "pictures", "tasks", "trained"},
+    "visualize": {"config", "curves", "data", "gallery", "maps", "pictures", "tasks", "trained"},
     "maps": {"model", "tasks"},
     "pictures": set(),
     "trained": {"checkpoint", "config", "data.device", "model", "names", "official", "provenance", "tasks"},

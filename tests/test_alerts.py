@@ -1,6 +1,6 @@
 """Each alert fires when what it is for happens, in made-up series and in recorded curves of failing runs, else it is silent.
 
-The curves in ``golden/curves`` are of a vit_tiny of width 64 with 3 blocks, image 32, patch 4, batch 64, on the digits,
+The curves in ``golden/curves`` are of a vit_tiny of width 64 with 3 blocks, image 32, patch 4, batch 64, on embedded digits,
 base_lr 4e-3, fp32, on a CPU: 400 steps, healthy ones with seeds 1 to 3, and the failing ones each with what their name says.
 ``python tests/test_alerts.py RUN...`` records runs.
 """

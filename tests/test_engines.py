@@ -57,7 +57,7 @@ def make(name, ranks, make_task=PretrainTask, **engine):
     return task, build_engine(task, config, plan, torch.device("cpu")), plan
 
 
-def update(task, engine, plan, step, rank, ranks, poison=False, lr=lambda layer: 1e-3):
+def update(task, engine, plan, step, rank, ranks, poison=False, lr=lambda layer: 1e-3, scale=1.0):
     task.train()
     task.begin_step(step, observe=False)
     for group in engine.param_groups:
@@ -66,7 +66,7 @@ def update(task, engine, plan, step, rank, ranks, poison=False, lr=lambda layer:
     losses = []
     for micro, part in enumerate(images.chunk(plan.grad_accum_steps)):
         loss, _ = engine.model({"images": part * math.nan if poison else part})
-        engine.backward(loss, last=micro == plan.grad_accum_steps - 1)
+        engine.backward(loss * scale, last=micro == plan.grad_accum_steps - 1)
         losses.append(loss.item())
     result = engine.step()
     return sum(losses) / len(losses), result.grad_norm.item(), result.applied.item()
@@ -101,6 +101,18 @@ def assert_equal(one, other, **tolerance):
             torch.testing.assert_close(tensor, other[name][field], **tolerance, msg=lambda m, n=name, f=field: f"{n} {f}: {m}")
 
 
+def meet_huge_gradients(name, options):
+    """Gradients of one rank that are finite, and so large that the sum of their squares is not."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    task, engine, plan = make(name, ranks, **options)
+    update(task, engine, plan, 0, rank, ranks)
+    before = snapshot(engine)
+    row = update(task, engine, plan, 1, rank, ranks, scale=1e25 if rank == 0 else 1.0)
+    after = snapshot(engine)
+    engine.close()
+    return row, before, after
+
+
 PRECISIONS = ("fp32", "bf16_autocast", "bf16_params")
 
 
@@ -109,6 +121,7 @@ def everything(name, options):
     ranks = dist.get_world_size()
     results = {precision: train(name, {**options, "precision": precision}) for precision in PRECISIONS}
     results["bf16 reduced"] = train(name, {**options, "reduce_dtype": "bf16"}, 3)
+    results["huge"] = meet_huge_gradients(name, options)
     for precision in PRECISIONS:
         low = {**options, "precision": precision}
         results[f"{precision} poisoned"] = train(name, low, 5, None, ranks - 1)
@@ -180,6 +193,12 @@ def test_nan_on_one_rank_skips_the_step_on_all_to_the_bit(results, precision):
     for rows, states, _, _ in [result[f"{precision} poisoned"] for result in results]:
         assert [row[2] for row in rows] == [1, 1, 0, 1, 1]
         assert_equal(states[2], states[1], atol=0, rtol=0)
+
+
+def test_gradients_too_large_for_a_norm_skip_the_step(results):
+    for row, before, after in [result["huge"] for result in results]:
+        assert row[1:] == (math.inf, 0)
+        assert_equal(after, before, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

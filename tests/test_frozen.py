@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nepa_dist.config import Config
 from nepa_dist.engines import zero
 from nepa_dist.engines.base import StateMismatchError
-from nepa_dist.tasks.base import HEAD_LAYER, layer_of
+from nepa_dist.tasks.base import HEAD_LAYER, build_task, layer_of
 from nepa_dist.tasks.pretrain import PretrainTask
 from spawn import run_ranks
-from test_engines import Saved, make, snapshot, update
+from test_engines import MODEL, Saved, make, snapshot, update
 
 FROZEN = {
     "embedding": ("backbone.patch_embed.",),
@@ -157,6 +158,34 @@ def test_resume_is_exact_to_the_bit(ranks, name, frozen, precision):
         assert seen["loaded"]
         assert seen["resumed_rows"] == seen["rows"][RESUME:]
         assert seen["resumed"]
+
+
+TASKS = {
+    "pretrain": {},
+    "masked, learned positions": {"model": {"rope": False}, "objective": {"mask_ratio": 0.4}},
+    "without shift": {"objective": {"shift": False, "stop_grad": False, "anti_collapse": "sigreg"}},
+    "finetune": {"task": "finetune"},
+    "last token": {"task": "finetune", "finetune": {"pool": "last", "freeze_patch_embed": False}},
+    "segment": {"task": "segment"},
+    "no auxiliary loss": {"task": "segment", "segment": {"aux_weight": 0, "freeze_patch_embed": True}},
+    "low taps": {"task": "segment", "segment": {"taps": [0, 1, 1, 2]}},
+}
+
+
+@pytest.mark.parametrize("settings", TASKS.values(), ids=TASKS)
+def test_all_that_a_task_does_not_freeze_learns(settings):
+    """DDP fails where a parameter has no gradient, and DeepSpeed would decay it."""
+    size = {"channels": 8, "aux_channels": 8, "num_classes": 3}
+    values = {"finetune": {"num_classes": 3}} | settings
+    values |= {"model": MODEL | {"depth": 4} | settings.get("model", {}), "segment": size | settings.get("segment", {})}
+    values["finetune"] = {"num_classes": 3} | values["finetune"]
+    task = build_task(Config.model_validate(values))
+    task.begin_step(0, observe=False)
+    batch = {"images": torch.randn(2, 3, 32, 32), "targets": torch.full((2, 3), 1 / 3)}
+    loss, _ = task(batch | {"masks": torch.ones(2, 32, 32, dtype=torch.uint8)})
+    loss.backward()
+    still = {name for name, parameter in task.named_parameters() if parameter.grad is None}
+    assert still == {name for name, parameter in task.named_parameters() if not parameter.requires_grad}
 
 
 def refuse():

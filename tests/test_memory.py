@@ -19,7 +19,11 @@ CASES = [
     ("ddp", 2, {"precision": "bf16_params"}),
     ("fsdp2", 2, {}),
     ("fsdp2", 2, {"accum": 2}),
+    ("fsdp2", 2, {"reshard_after_forward": False}),
+    ("fsdp2", 2, {"reshard_after_forward": False, "precision": "bf16_params"}),
+    ("fsdp2", 2, {"reshard_after_forward": False, "accum": 2}),
     ("hsdp", 4, {"shard_size": 2}),
+    ("zero3", 2, {"reshard_after_forward": False}),
     *(
         (f"zero{stage}", 2, {"precision": precision, "accum": 2})
         for stage in (1, 2, 3)
@@ -40,7 +44,7 @@ def held_bytes() -> int:
 
 
 def measure(name, options):
-    """The most that is held after a backward of the second step."""
+    """The most that is held after a forward or a backward of the second step."""
     ranks, accum = dist.get_world_size(), options.pop("accum", 1)
     config = Config.model_validate(
         {
@@ -60,6 +64,7 @@ def measure(name, options):
         held = 0
         for micro in range(accum):
             loss, logs = engine.model({"images": torch.zeros(1, 3, 32, 32)})
+            held = max(held, held_bytes() - before)
             engine.backward(loss, last=micro == accum - 1)
             del loss, logs
             held = max(held, held_bytes() - before)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from images import image_folder
 from jobs import cluster, options, submit
-from jobs.runs import write_outcome
-from nepa_dist.config import Config
-from nepa_dist.config_load import load_config
+from nepa_dist.data import containers
+from trainer import Trainer
 
 RECIPE = "vit_tiny"
 SHORT = (
@@ -25,27 +26,6 @@ SHORT = (
     "--name",
     "p",
 )
-
-
-class Trainer:
-    """Stands in for the ranks: leaves in each run folder what a training leaves."""
-
-    def __init__(self) -> None:
-        self.runs: list[Config] = []
-        self.codes: dict[str, int] = {}
-
-    def __call__(self, run_dir: Path, world_size: int) -> int:
-        config = load_config([run_dir / "config.yaml"])
-        self.runs.append(config)
-        code = self.codes.get(config.task, 0)
-        if code == 0:
-            row = {"step": config.steps, "loss": 0.25, "eta_seconds": 0, "step_seconds": 1.0, "images_per_second": 9.0}
-            (run_dir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-            (run_dir / "checkpoints" / f"step-{config.steps:08}").mkdir(parents=True, exist_ok=True)
-            (run_dir / "figures").mkdir(exist_ok=True)
-            (run_dir / "figures" / "loss.png").touch()
-        write_outcome(run_dir, {0: "finished", 75: "stopped", 2: "mistake"}[code], "why it ended")
-        return code
 
 
 @pytest.fixture
@@ -132,6 +112,32 @@ def test_all_problems_of_all_stages_come_at_once(trainer: Trainer, capsys: pytes
     assert trainer.runs == []
 
 
+def test_a_stage_that_is_another_model_than_the_one_it_starts_with_is_refused(
+    trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pipeline("--set", "finetune:model.depth=6") == 2
+    assert (
+        "finetune: another model than pretrain, which it starts with: model.depth: 12 there, 6 here" in capsys.readouterr().err
+    )
+    assert trainer.runs == []
+
+
+def test_a_data_set_that_stages_share_is_opened_once(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To open a folder of a million images takes minutes."""
+    opened: list[tuple[str, str]] = []
+
+    def counting(source: str, split: Literal["train", "val"], **more: int) -> containers.Container:
+        opened.append((source, split))
+        return open_container(source, split, **more)
+
+    open_container = containers.open_container
+    monkeypatch.setattr(containers, "open_container", counting)
+    for split in ("train", "val"):
+        image_folder(tmp_path / "images" / split, num_classes=2, per_class=2, size=(20, 20))
+    assert pipeline("--data", "images", "--stages", "pretrain,finetune", "--dry-run") == 0
+    assert sorted(opened) == [(str(tmp_path / "images"), "train"), (str(tmp_path / "images"), "val")]
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -196,6 +202,7 @@ def test_a_stage_may_have_a_name_of_its_own(trainer: Trainer, configs: Path, cap
         ("stages: {finetune: {from: pretrain}, pretrain: {}}", "from 'pretrain' is no earlier stage"),
         ("stages: {train: {}}", "unknown task 'train'"),
         ("stages: [", "expected stages"),
+        ('stages: {pretrain: {options: "--set \'x"}}', "No closing quotation"),
     ],
 )
 def test_mistakes_in_a_file_are_named(

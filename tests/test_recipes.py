@@ -54,14 +54,18 @@ def test_every_line_of_a_recipe_cites_its_source(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_changes_a_recipe_by_its_own_keys_only(name: str) -> None:
+    task = "finetune" if name.startswith("finetune_") else "pretrain"
     path = CONFIGS / "ablate" / f"{name}.yaml"
-    recipe = CONFIGS / "pretrain" / "vit_b.yaml"
-    before = dict(options.flatten(load_config([recipe]).model_dump(mode="json")))
-    after = dict(options.flatten(load_config([recipe, path]).model_dump(mode="json")))
+    recipe = CONFIGS / task / "vit_b.yaml"
+    base = {"task": task}
+    before = dict(options.flatten(load_config([recipe], base=base).model_dump(mode="json")))
+    after = dict(options.flatten(load_config([recipe, path], base=base).model_dump(mode="json")))
     assert {key: value for key, value in after.items() if before[key] != value} == flat(path)
-    described("vit_tiny", "--data", "digits", "--config", str(path))
+    assert submit.main([task, "vit_tiny", "--data", "digits", "--config", f"ablate/{name}", "--dry-run"]) == 0
 
 
 def test_expected_ablations_exist() -> None:
-    wanted = "no_shift no_causal no_stop_grad mask40 mask60 no_rope no_qk_norm no_layer_scale gelu sigreg vicreg plain"
-    assert sorted(wanted.split()) == ABLATIONS
+    pretraining = "no_shift no_causal no_stop_grad mask40 mask60 no_rope no_qk_norm no_layer_scale gelu sigreg vicreg plain "
+    pretraining += "layer_scale layer_scale_rope"
+    finetuning = "finetune_causal finetune_fixed_decay finetune_last_token finetune_patch_embed"
+    assert sorted([*pretraining.split(), *finetuning.split()]) == ABLATIONS

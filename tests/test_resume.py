@@ -52,7 +52,10 @@ def test_everything_forks_a_run(images, trained, tmp_path):  # noqa: F811
 def test_weights_of_another_model_are_refused_with_every_difference(images, trained, tmp_path):  # noqa: F811
     result = start_from(trained, tmp_path / "run", images, "weights", "model.depth=3", "model.qk_norm_affine=true")
     assert result.returncode == 2
-    assert "model.depth: 2 in the checkpoint, 3 now" in result.stderr
+    assert "holds another model (depth: 2 there, 3 here)" in result.stderr  # before anything starts
+    result = start_from(trained, tmp_path / "other", images, "weights", "model.rope_theta=50", "model.qk_norm_affine=true")
+    assert result.returncode == 2
+    assert "model.rope_theta: 100.0 in the checkpoint, 50.0 now" in result.stderr
     assert "model.qk_norm_affine: False in the checkpoint, True now" in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -61,7 +64,7 @@ def test_a_start_that_is_not_there_is_refused(images, tmp_path):  # noqa: F811
     (tmp_path / "empty").mkdir()
     result = start_from(tmp_path / "empty", tmp_path / "run", images, "weights")
     assert result.returncode == 2
-    assert f"init.path {tmp_path / 'empty'} is neither a checkpoint nor a run that has one" in result.stderr
+    assert f"--init {tmp_path / 'empty'} holds no checkpoint" in result.stderr
 
 
 def test_what_is_allowed_may_differ(images, tmp_path):  # noqa: F811

@@ -265,15 +265,21 @@ def test_a_dry_run_tells_a_resumed_folder_and_refuses_other_settings(
 
 
 @pytest.mark.parametrize(
-    "args",
+    ("args", "expected"),
     [
-        "vit_l --nodes 8 --dry-run",
-        "vit_tiny --cluster local --data digits --dry-run",
-        "vit_x --data nowhere --set a=1",
-        "vit_b --nodes 8",
+        ("pretrain vit_l --nodes 8 --dry-run", 0),
+        ("pretrain vit_l --nodes 8 --print", 0),
+        ("pretrain vit_tiny --cluster local --data digits --check", 0),
+        ("pretrain vit_tiny --cluster local --data digits --dry-run", 0),
+        ("pretrain vit_x --data nowhere --set a=1", 2),
+        ("pretrain vit_b --nodes 8", 2),
+        ("pipeline vit_tiny --data digits --dry-run", 0),
+        ("sweep ablate_digits --dry-run", 0),
+        ("status", 2),
+        ("cancel runs/x", 2),
     ],
 )
-def test_the_answer_needs_no_torch(args: str, tmp_path: Path) -> None:
+def test_the_answer_needs_no_torch(args: str, expected: int, tmp_path: Path) -> None:
     code = """
 import runpy, sys
 sys.argv = sys.argv[1:]
@@ -284,13 +290,14 @@ except SystemExit as end:
 """
     script = str(cluster.REPO_ROOT / "jobs" / "submit.py")
     done = subprocess.run(
-        [sys.executable, "-c", code, script, "pretrain", *args.split()],
+        [sys.executable, "-c", code, script, *args.split()],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=True,
+        env={**os.environ, "PATH": "/usr/local/nowhere"},
     )
-    assert done.stdout.splitlines()[-1] == f"False {0 if 'dry-run' in args else 2}"
+    assert done.stdout.splitlines()[-1] == f"False {expected}", done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -207,3 +207,16 @@ def test_a_source_that_holds_no_model_is_named(tmp_path):
     (tmp_path / "odd" / "config.json").write_text(json.dumps({"model": {"depth": 0}}))
     [problem] = refusal(task_of(FINETUNE), tmp_path / "odd")
     assert "model.depth" in problem
+
+
+def test_pretraining_goes_on_from_exported_weights(tmp_path):
+    """From a run it starts as before; weights alone go the way of every other task."""
+    from nepa_dist.config import Config
+    from nepa_dist.resume import begins_with_transfer
+
+    (tmp_path / "config.json").write_text("{}")
+    exported = {"init": {"path": str(tmp_path)}}
+    assert begins_with_transfer(Config.model_validate(exported))
+    assert not begins_with_transfer(Config.model_validate({"init": {"path": str(tmp_path), "load": "weights+ema"}}))
+    assert not begins_with_transfer(Config.model_validate({"init": {"path": str(tmp_path / "run")}}))
+    assert begins_with_transfer(Config.model_validate({"task": "finetune", "init": {"path": str(tmp_path / "run")}}))

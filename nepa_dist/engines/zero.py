@@ -113,6 +113,7 @@ class ZeroEngine:
             for name, piece in self._pieces.items():
                 piece.of_flat(piece.flat.detach()).copy_(piece.of_parameter(initial[name]))
         self._optimizer.begin(self._flats)
+        self._optimizer.register_step_pre_hook(lambda *_: self._skip_huge())
         parts = (Part(name, p.flat, p.offset, p.numel) for name, p in self._pieces.items() if name not in self._frozen)
         self._census = Census(parts, device, dist.group.WORLD)
         self._clip = config.optim.clip_grad_norm
@@ -169,11 +170,22 @@ class ZeroEngine:
         self._optimizer.observe = self._census.add if observe else None
         self._engine.step()
         self._micro = 0
-        # A tensor of either precision, or a Python number where a step was skipped.
-        norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._device)
-        applied = torch.tensor(float(self._engine.was_step_applied()), device=self._device)
-        norm = norm.reshape(())
+        norm = self._norm(self._engine.get_global_grad_norm())
+        applied = norm.isfinite() * float(self._engine.was_step_applied())
         return StepResult(norm, applied, self._census.take(norm, self._clip) if observe else {})
+
+    def _norm(self, value: Any) -> Tensor:
+        """DeepSpeed's norm, a tensor of either precision or a Python number, as every other engine has it.
+
+        zero3 sums in fp64. Where the sum of squares is too large for fp32, the other engines see infinity and skip the step.
+        """
+        norm = torch.as_tensor(value, dtype=torch.float32, device=self._device).reshape(())
+        return torch.where(norm.square().isfinite(), norm, torch.inf)
+
+    def _skip_huge(self) -> None:
+        """Before the update: have the optimizer change nothing if the norm is not finite."""
+        norm = self._norm(self._engine.optimizer._global_grad_norm)
+        self._optimizer.found_inf = 1 - norm.isfinite().float()
 
     def _fields(self, flat: Tensor) -> dict[str, Tensor]:
         return {"weight": flat.detach(), **self._optimizer.state[flat]}

@@ -52,8 +52,9 @@ class SegmentTask(Task):
         )
         init_weights(self.head, seed, std=None)
         self.backbone.patch_embed.requires_grad_(not config.freeze_patch_embed)
-        # The last norm is behind all taps: nothing that is trained depends on it.
-        self.backbone.norm.requires_grad_(False)
+        # Behind all taps: nothing that is trained depends on them.
+        for part in (*self.backbone.blocks[max(self.taps) + 1 :], self.backbone.norm):
+            part.requires_grad_(False)
         self.head.auxiliary.requires_grad_(config.aux_weight > 0)
 
     def lr_layer(self, name: str) -> int:
