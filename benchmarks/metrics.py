@@ -1,11 +1,11 @@
-"""What measuring costs: the time of a step with and without the observed gauges, interleaved in one process.
+"""What measuring costs: the time of a plain step and of an observed one, in turn, in one process.
 
-    python benchmarks/metrics.py [--model vit_b] [--batch 64] [--every 50] [--rounds 6]
+    python benchmarks/metrics.py [--model vit_b] [--batch 64] [--every 50] [--rounds 12]
 
-Each round trains ``every`` steps as the loop does without observing, and ``every`` steps of which the last is observed (norms
-by group, collapse gauges, a look into the blocks); the order alternates, so that a machine that slows down harms both. Printed
-are the median of both, their difference in percent of a step, and what an observed step costs over a plain one. The eigenvalues
-are found on another thread, as in training, and compete for the same cores on a CPU.
+A step is that of the loop: forward, backward, update. An observed one takes the gauges as well: norms by group, collapse, a
+look into the blocks. The order alternates, so that a machine that slows down harms both. On a GPU the wall clock counts; on a
+CPU the processor time of all threads of the process, which others on the machine do not change much, and which holds the
+eigenvalues that another thread finds (on a GPU they are found beside training).
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ def main() -> None:
     parser.add_argument("--model", default="vit_b")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--every", type=int, default=50, help="steps between two observed ones (metrics.collapse_every)")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=12)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     settings = {
         "model": {"preset": args.model},
         "global_batch_size": args.batch,
@@ -67,36 +68,37 @@ def main() -> None:
             spectra = {name: x.to("cpu", non_blocking=True) for name, x in health.spectra.items()}
             if device.type == "cuda":
                 torch.cuda.current_stream().synchronize()  # the loop waits one step later, when this is over anyhow
-            solver.submit(spectral_metrics, spectra)
+            solved = solver.submit(spectral_metrics, spectra)
+            if device.type == "cpu":
+                solved.result()
         result.grad_norm.to("cpu", non_blocking=True)
 
-    def span(observed: bool) -> float:
+    def seconds(number: int, *, observe: bool) -> float:
         synchronize()
-        start = time.perf_counter()
-        for number in range(args.every):
-            step(number, observe=observed and number == args.every - 1)
+        start = clock()
+        step(number, observe=observe)
         synchronize()
-        return (time.perf_counter() - start) / args.every
+        return clock() - start
 
     def synchronize() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    for warm in (False, True, False):
+    for warm in (False, True, False, True):
         step(0, observe=warm)
     plain, watched = [], []
     for number in range(args.rounds):
-        for observed in (False, True) if number % 2 == 0 else (True, False):
-            (watched if observed else plain).append(span(observed))
+        for observe in (False, True) if number % 2 == 0 else (True, False):
+            (watched if observe else plain).append(seconds(number, observe=observe))
     solver.shutdown()
     base, other = statistics.median(plain), statistics.median(watched)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, {args.model}, batch {args.batch}, one step in {args.every} observed, {args.rounds} rounds of each")
-    print(f"plain   {1000 * base:.2f} ms a step (from {1000 * min(plain):.2f} to {1000 * max(plain):.2f})")
-    print(f"watched {1000 * other:.2f} ms a step (from {1000 * min(watched):.2f} to {1000 * max(watched):.2f})")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads, processor time"
+    print(f"{name}, {args.model}, batch {args.batch}, {args.rounds} steps of each kind in turn")
+    print(f"plain    {1000 * base:.1f} ms a step (from {1000 * min(plain):.1f} to {1000 * max(plain):.1f})")
+    print(f"observed {1000 * other:.1f} ms a step (from {1000 * min(watched):.1f} to {1000 * max(watched):.1f})")
+    cost = 100 * (other / base - 1)
     print(
-        f"cost    {100 * (other / base - 1):+.2f} % of a step; "
-        f"an observed step takes {args.every * (other / base - 1):.2f} steps more"
+        f"cost     {cost:+.1f} % of an observed step, {cost / args.every:+.2f} % of a step if one in {args.every} is observed"
     )
 
 

@@ -29,7 +29,7 @@ from nepa_dist.run_folder import past_starts
 from nepa_dist.state import TrainState
 from nepa_dist.step_report import OF_RANKS, StepReport
 
-MAX_WAITING_ROWS = 16
+MAX_WAITING_ROWS = 2
 """Rows that wait for an eigenvalue solver beside training; then the loop waits for it."""
 
 
