@@ -235,6 +235,21 @@ def test_same_step_that_is_damaged_or_of_another_run_gives_way(
     assert store.steps() == [4]
 
 
+def test_a_run_that_saves_a_step_again_keeps_one_copy(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
+    run = {"config_digest": "a", "data_fingerprint": "b"}
+    path = store.save(4, make_entries(1.0), run | {"state": {"preemptions": 0}})
+    store.save(4, make_entries(1.0), run | {"state": {"preemptions": 1}})
+    assert store.verify(path).meta["state"] == {"preemptions": 1}
+    assert sorted(os.listdir(store.root)) == ["step-00000004"]
+    assert caplog.text == ""
+    store.save(4, make_entries(3.0), run | {"config_digest": "other", "state": {}})
+    assert sorted(os.listdir(store.root)) == ["replaced-step-00000004-1", "step-00000004"]
+    # Bytes that are damaged may still be wanted by someone.
+    (path / "state-00000.safetensors").write_bytes(b"rubbish")
+    store.save(4, make_entries(3.0), run | {"config_digest": "other", "state": {}})
+    assert sorted(os.listdir(store.root))[:2] == ["replaced-step-00000004-1", "replaced-step-00000004-2"]
+
+
 @contextlib.contextmanager
 def file_size_limit(root: Path) -> Iterator[None]:
     """Writing past 64 KiB in one file fails with EFBIG."""

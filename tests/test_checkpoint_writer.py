@@ -326,14 +326,15 @@ def train_for_ever(root: Path, first: int, pipe: Connection) -> None:
 
 def test_kill_at_random_moments(tmp_path: Path) -> None:
     rng = random.Random(0)
-    newest = saved = leftovers = 0
-    for _ in range(10):
+    newest = saved = leftovers = rounds = 0
+    while rounds < 10 or not (saved and leftovers):
+        rounds += 1
         ours, theirs = _context.Pipe(duplex=False)
         process = _context.Process(target=train_for_ever, args=(tmp_path, newest + 1, theirs))
         process.start()
         theirs.close()
         committed = ours.recv()
-        time.sleep(rng.uniform(0.02, 0.2))
+        time.sleep(rng.uniform(0.02, 0.03 * rounds))  # a busy machine takes long for a save
         process.kill()
         process.join()
         try:
@@ -353,8 +354,6 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
         assert found >= committed, "what was said to be written is there"
         assert found <= committed + 2  # one in flight, one more known only to the killed process
         newest = found
-    assert saved > 0, "no save was finished in any round, so nothing was tested"
-    assert leftovers > 0, "no write was interrupted in any round, so nothing was tested"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ Layout::
     <root>/step-00000020/manifest.json              what the files must be, and what the run was; with its own digest
                          state-00000.safetensors    the tensors, see ``portable``
     <root>/.tmp-*                                   being written or deleted; leftovers of a killed run are swept at start
-    <root>/replaced-step-00000020-1                 a checkpoint that gave way to a new one of the same step; never deleted here
+    <root>/replaced-step-00000020-1                 damaged or of another run: gave way to a new one of the same step; stays
 
 A folder gets its name ``step-*`` by a rename after all its bytes are on the disk, and loses it by a rename before the first
 byte is deleted. So a process may be killed at any moment: what has the name is whole. Digests find what the disk did to it
@@ -31,6 +31,7 @@ from nepa_dist.checkpoint.portable import CheckpointError, Entries, StateReader
 __all__ = ["CheckpointError", "CheckpointStore", "Found", "Manifest"]
 
 _TEMP = ".tmp-"
+_SAVED_AGAIN = "the run has saved this step again"
 
 _log = logging.getLogger(__name__)
 
@@ -102,7 +103,9 @@ class CheckpointStore:
         """Save a checkpoint, then delete those that need not be kept.
 
         If the step is there already: it is kept and returned when it verifies and its ``meta`` is the same (nothing is
-        written); otherwise it is moved to ``replaced-*`` once the new one is complete, with a warning.
+        written). Otherwise the new one takes its place once it is complete. The old one is deleted if it verifies and is an
+        earlier save of the same run (``config_digest`` and ``data_fingerprint`` in ``meta`` are the same, other counters are
+        not); else it is moved to ``replaced-*``, with a warning.
 
         ``entries`` is consumed to its end whatever happens, also after an error: making it may be a collective that other
         ranks take part in.
@@ -206,15 +209,18 @@ class CheckpointStore:
                 _remove(place.temp)
             place.temp.mkdir()
             write_folder(place.temp, step, stream, meta, shard_bytes=self.shard_bytes, copy=copy)
-            if reason is not None:
-                aside = self._name_aside(place.final)
-                _log.warning("checkpoint %s is replaced: %s; the old one is now %s", place.final, reason, aside)
+            aside = None if reason is None else self._name_aside(place.final)
+            if aside is not None:
+                if reason != _SAVED_AGAIN:
+                    _log.warning("checkpoint %s is replaced: %s; the old one is now %s", place.final, reason, aside)
                 os.rename(place.final, aside)
             os.rename(place.temp, place.final)
         except BaseException:
             shutil.rmtree(place.temp, ignore_errors=True)
             raise
         flush_folder(self.root)
+        if aside is not None and reason == _SAVED_AGAIN:
+            self._delete(aside)
 
     def _prune(self, saved: int) -> None:
         """Delete what need not be kept. A failure costs space, not the run: it is logged and tried again at the next save."""
@@ -224,15 +230,17 @@ class CheckpointStore:
         if self.keep_every is not None:
             keep |= {step for step in steps if step % self.keep_every == 0}
         for step in steps:
-            if step in keep:
-                continue
-            path, temp = self.root / step_name(step), self.root / f"{_TEMP}deleted-{step_name(step)}-{os.getpid()}"
-            try:
-                os.rename(path, temp)
-                flush_folder(self.root)  # the name must be gone on the disk before any content is
-                _remove(temp)
-            except OSError as error:
-                _log.warning("cannot delete the old checkpoint %s: %s", path, error)
+            if step not in keep:
+                self._delete(self.path(step))
+
+    def _delete(self, path: Path) -> None:
+        temp = self.root / f"{_TEMP}deleted-{path.name}-{os.getpid()}"
+        try:
+            os.rename(path, temp)
+            flush_folder(self.root)  # the name must be gone on the disk before any content is
+            _remove(temp)
+        except OSError as error:
+            _log.warning("cannot delete the old checkpoint %s: %s", path, error)
 
     def _list(self) -> list[str]:
         try:
@@ -261,11 +269,15 @@ class CheckpointStore:
 
 
 def _reason_to_replace(path: Path, meta: dict[str, Any]) -> str:
-    """Why a checkpoint must give way to a new one of the same step and ``meta``; empty if it is as good."""
+    """Why a checkpoint must give way to a new one of the same step with this ``meta``; empty if it is as good."""
     try:
-        return "" if CheckpointStore.verify(path).meta == meta else "it is of another run or state"
+        old = CheckpointStore.verify(path).meta
     except CheckpointError as error:
         return str(error)
+    if old == meta:
+        return ""
+    same_run = all(key in meta and old.get(key) == meta[key] for key in ("config_digest", "data_fingerprint"))
+    return _SAVED_AGAIN if same_run else "it is of another run or state"
 
 
 def _remove(path: Path) -> None:
