@@ -197,9 +197,10 @@ def _as_array(root: Path, variants: Sequence[Variant], spec: Mapping[str, Any], 
     if left:
         for variant in left:
             prepare_run(variant.config, code)
-        number = submit(_array(root, left, place))
+        job = _array(root, left, place)
+        number = submit(job)
         for index, variant in enumerate(left):
-            note_job(variant.config.run_dir, f"{number}_{index}", place)
+            note_job(job, variant.config.run_dir, f"{number}_{index}")
         print(f"job {number}: {len(left)} runs, {', '.join(variant.name for variant in left)}")
         after = f"afterany:{number}"
     if "probe" in spec and (probes := left or [v for v in variants if not is_probed(v.config.run_dir)]):
