@@ -44,7 +44,7 @@ def submit_chain(root: Path, stages: Sequence[tuple[Config, int | None]], code: 
         if probe and config.task == "pretrain" and not is_probed(run_dir):
             job = probe_job(config, place, root, f"afterok:{last}" if last else "")
             number = submit(job)
-            note_job(run_dir, number, place, job.record)
+            note_job(job, run_dir, number)
             yield f"{run_dir.name}: job {number} probes it"
     number = submit(report_job(root, stages[-1][0].cluster, place, f"afterany:{last}" if last else "", REPORT))
     yield f"report: job {number} writes {root / 'report.md'}"

@@ -30,16 +30,34 @@ def main(command: str, argv: Sequence[str]) -> tuple[int, list[str]]:
     try:
         if command == "logs":
             return show_logs(args), []
-        runs = [run for folder in args.run for run in find_runs(folder)]
-        if not runs:
-            raise ControlError(f"no run in {', '.join(map(str, args.run))}: name the folder of a run, such as runs/NAME")
         if command == "resume":
-            return max(resume(run) for run in runs), []
-        for run in runs:
-            print(end_run(run, save=command == "stop" and args.save), flush=True)
+            return max(resume(run) for run in args.run), []
+        for folder in args.run:
+            end_runs(folder, save=command == "stop" and args.save)
     except (ControlError, ConfigError, LaunchError, SchedulerError) as error:
         return 2, [str(error)]
     return 0, []
+
+
+def end_runs(folder: Path, *, save: bool) -> None:
+    """:func:`end_run` for all that go on in a folder; says what was done.
+
+    Raises:
+        ControlError: none does.
+        SchedulerError: SLURM refuses.
+    """
+    runs = list(find_runs(folder))
+    if not runs:
+        raise ControlError(f"no run in {folder}: name the folder of a run, such as runs/NAME")
+    ended, problems = 0, []
+    for run in runs:
+        try:
+            print(end_run(run, save=save), flush=True)
+            ended += 1
+        except ControlError as error:
+            problems.append(str(error))
+    if not ended:
+        raise ControlError("; ".join(problems))
 
 
 def end_run(run: Path, *, save: bool) -> str:
@@ -85,6 +103,9 @@ def resume(run: Path) -> int:
         ControlError: it runs, or its folder is not that of a run.
         LaunchError: it could not be started.
     """
+    if not (run / "config.yaml").exists():
+        hint = ": give the command of the pipeline or sweep again" if next(find_runs(run), None) else ""
+        raise ControlError(f"{run} is not the folder of a run{hint}")
     config = read_config(run)
     if is_finished(run):
         print(f"this run is finished: {run} holds all {newest_checkpoint(run)} steps; nothing to do")
@@ -138,10 +159,10 @@ def log_files(run: Path, rank: int | None) -> list[Path]:
     """
     if not (run / "config.yaml").exists():
         raise ControlError(f"{run} is not the folder of a run")
-    is_job = (run / JOB / "job.json").exists()
-    own = run / "log.txt" if rank is None and not is_job else run / "logs" / f"rank-{rank or 0}.txt"
-    jobs = sorted((run / "logs").glob("job-*.txt"), key=lambda path: path.stat().st_mtime)
-    return [*(jobs[-1:] if rank is None else []), own]
+    facts = read_json(run / JOB / "job.json")
+    own = run / "log.txt" if rank is None and not facts else run / "logs" / f"rank-{rank or 0}.txt"
+    batch = [Path(str(facts["log"]))] if rank is None and "log" in facts else []
+    return [*batch, own]
 
 
 def follow(path: Path, position: int) -> None:
@@ -183,7 +204,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--rank", type=int, metavar="R", help="of one rank; default: of rank 0, after those of the job")
         parser.add_argument("-n", "--lines", type=int, default=30, metavar="N", help="of the end (30)")
         return parser
-    parser.add_argument("run", nargs="+", type=Path, help="folder of a run, pipeline or sweep")
+    of_several = "" if command == "resume" else ", pipeline or sweep"
+    parser.add_argument("run", nargs="+", type=Path, help=f"folder of a run{of_several}")
     if command == "stop":
         save = "the default; --no-save is cancel"
         parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help=save)

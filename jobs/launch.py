@@ -14,7 +14,7 @@ from pathlib import Path
 from jobs import cluster
 from jobs.options import with_value
 from jobs.runs import JOB, clear_outcome, read_json
-from jobs.slurm import SubmitError, batch_script, job_of, rank_environment_text, submit
+from jobs.slurm import Job, SubmitError, batch_script, job_of, rank_environment_text, submit
 from jobs.snapshot import CODE, Snapshot, write_snapshot
 from nepa_dist.config import Config
 from nepa_dist.guard import EXIT_AGAIN
@@ -75,8 +75,9 @@ def launch_slurm(config: Config, snapshot: Snapshot, *, folder: Path | None = No
         with locked(run_dir):
             code = write_snapshot(snapshot, folder)
             prepare_run(config, snapshot)
-            number = submit(job_of(config, code, folder, after))
-            note_job(run_dir, number, code)
+            job = job_of(config, code, folder, after)
+            number = submit(job)
+            note_job(job, run_dir, number)
     except BlockingIOError:
         raise LaunchError(f"another launcher is at work in {run_dir}; try again, or choose another --name") from None
     except SubmitError as error:
@@ -108,8 +109,9 @@ def resubmit(config: Config) -> tuple[str, Path]:
         raise LaunchError(f"{run_dir} has no code of its own any more: give the command again that submitted it")
     try:
         with locked(run_dir):
-            number = submit(job_of(config, code, code.parents[1]))
-            note_job(run_dir, number, code)
+            job = job_of(config, code, code.parents[1])
+            number = submit(job)
+            note_job(job, run_dir, number)
     except BlockingIOError:
         raise LaunchError(f"another launcher is at work in {run_dir}; try again") from None
     except (SubmitError, OSError) as error:
@@ -128,10 +130,11 @@ def describe_job(config: Config, snapshot: Snapshot) -> list[str]:
     return [batch_script(job) + "\n\n" + rank_environment_text(job)]
 
 
-def note_job(run_dir: Path, number: str, code: Path, record: str = JOB) -> None:
+def note_job(job: Job, run_dir: Path, number: str) -> None:
     """Write down which job a run has."""
-    facts = {"id": number, "code": str(code), "submitted": datetime.now(UTC).isoformat(timespec="seconds")}
-    write_text(run_dir / record / "job.json", json.dumps(facts, indent=1) + "\n")
+    facts = {"id": number, "code": str(job.code), "log": str(job.log_of(number))}
+    facts["submitted"] = datetime.now(UTC).isoformat(timespec="seconds")
+    write_text(run_dir / job.record / "job.json", json.dumps(facts, indent=1) + "\n")
 
 
 def make_private(folder: Path) -> None:

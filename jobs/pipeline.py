@@ -28,7 +28,7 @@ import yaml
 from jobs.chain import describe_chain, submit_chain
 from jobs.checks import Checked, Opened, check_stage
 from jobs.findings import table
-from jobs.launch import LaunchError, describe_job, launch_local
+from jobs.launch import LaunchError, describe_job, launch_local, make_private
 from jobs.options import CONFIGS, TASKS, absolute, add_stage_options, add_ways, collect_layers, recipe_names, stage_parser
 from jobs.pipeline_report import write_report
 from jobs.probe import is_probed, probe_here
@@ -212,6 +212,7 @@ def run_here(root: Path, stages: Sequence[Stage], *, probe: bool = False) -> tup
     """Run all stages that are not finished, one after the other; returns the exit code of the last, and problems."""
     problems: list[str] = []
     code = 0
+    make_private(root)
     for number, stage in enumerate(stages, 1):
         title, run_dir = f"stage {number} of {len(stages)}, {stage.part.name}", stage.config.run_dir
         if stage.is_finished:

@@ -50,8 +50,9 @@ def main(argv: Sequence[str]) -> tuple[int, list[str]]:
         for run in args.run:
             config = with_value(read_config(run), "cluster", where)
             code = write_snapshot(read_code(()), config.run_dir)
-            number = slurm.submit(probe_job(config, code, options=options))
-            note_job(run, number, code, RECORD)
+            job = probe_job(config, code, options=options)
+            number = slurm.submit(job)
+            note_job(job, run, number)
             print(f"submitted job {number}: {run}/evaluation.json; what it says: {run}/{RECORD}/log.txt")
     except (ConfigError, SubmitError, OSError, ValueError) as error:
         return 2, [str(error)]

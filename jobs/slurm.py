@@ -52,6 +52,10 @@ class Job(NamedTuple):
         """Where the batch script prints, with SLURM's patterns."""
         return self.folder / self.record / "log-%A_%a.txt" if self.is_array else self.runs[0] / "logs" / "job-%j.txt"
 
+    def log_of(self, number: str) -> Path:
+        """The same for a job with this number, ``17`` or ``17_3``."""
+        return Path(str(self.log).replace("%A_%a", number).replace("%j", number))
+
 
 def job_of(config: Config, code: Path, folder: Path | None = None, after: str = "") -> Job:
     """The job of one run.

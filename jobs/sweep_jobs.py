@@ -62,9 +62,10 @@ def submit_arrays(root: Path, arrays: Sequence[Array], code: Snapshot) -> Iterat
         for stage in array.runs:
             prepare_run(stage.config, code)
         before = numbers.get(array.after or "")
-        number = submit(_job(root, array, place, _dependency(array, before) if before else ""))
+        job = _job(root, array, place, _dependency(array, before) if before else "")
+        number = submit(job)
         for index, stage in enumerate(array.runs):
-            note_job(stage.config.run_dir, f"{number}_{index}", place)
+            note_job(job, stage.config.run_dir, f"{number}_{index}")
         waits = f", after job {before}" + (" run by run" if array.one_to_one else "") if before else ""
         yield f"{array.stage}: job {number}, {len(array.runs)} runs{waits}"
         numbers[array.stage] = number

@@ -48,7 +48,7 @@ def make_run(
     (run / "logs").mkdir()
     (run / "config.yaml").write_text(load_config().to_yaml())
     if job:
-        (run / "job" / "job.json").write_text(json.dumps({"id": job}))
+        (run / "job" / "job.json").write_text(json.dumps({"id": job, "log": f"{run}/logs/job-{job}.txt"}))
     if step:
         values = {"loss": -0.5, "images_per_second": 1234.0, "step_seconds": 2.0, "eta_seconds": 2.0 * (total - step)}
         rows = [
@@ -201,6 +201,10 @@ def test_a_running_job_is_stopped_by_a_signal_and_does_not_come_back(desk: Path,
     capsys.readouterr()
     assert submit.main(["cancel", "runs/nothing"]) == 2
     assert "no run in runs/nothing" in capsys.readouterr().err
+    make_run("p/pretrain", outcome="finished")
+    make_run("p/finetune", job="42")
+    assert submit.main(["cancel", "runs/p"]) == 0
+    assert (desk / "scancel-calls").read_text().endswith("41\n42\n"), "of several, those that go on"
 
 
 def test_a_run_of_this_machine_is_stopped_after_it_has_saved(tmp_path: Path) -> None:
@@ -230,7 +234,9 @@ def test_a_run_of_this_machine_is_stopped_after_it_has_saved(tmp_path: Path) -> 
             run.wait()
 
 
-def test_resume_starts_a_local_run_again_with_its_settings(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_starts_a_local_run_again_with_its_settings(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     calls = []
     monkeypatch.setattr(cluster, "run_local", lambda run_dir, world_size: calls.append(run_dir) or 0)
     run = make_run("a", step=5, outcome="stopped")
@@ -239,6 +245,9 @@ def test_resume_starts_a_local_run_again_with_its_settings(desk: Path, monkeypat
     write_outcome(run, "finished")
     assert submit.main(["resume", "runs/a"]) == 0
     assert len(calls) == 1, "it is finished"
+    make_run("p/pretrain", step=5)
+    assert submit.main(["resume", "runs/p"]) == 2
+    assert "give the command of the pipeline or sweep again" in capsys.readouterr().err
 
 
 def test_finished_is_what_the_outcome_and_the_checkpoint_say(desk: Path) -> None:
