@@ -274,7 +274,7 @@ def test_a_dry_run_tells_a_resumed_folder_and_refuses_other_settings(
         ("pretrain vit_x --data nowhere --set a=1", 2),
         ("pretrain vit_b --nodes 8", 2),
         ("pipeline vit_tiny --data digits --dry-run", 0),
-        ("sweep ablate_digits --dry-run", 0),
+        ("sweep objective_digits --dry-run", 0),
         ("status", 2),
         ("cancel runs/x", 2),
     ],

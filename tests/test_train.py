@@ -334,7 +334,7 @@ def test_metrics_endpoint_serves_the_run(images, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 75
     values = {line.split()[0]: line.split()[1] for line in text.splitlines() if not line.startswith("#")}
-    assert float(values["nepa_step"]) >= 8
+    assert float(values['nepa_step{run="run"}']) >= 8
     for name in ("loss", "grad_norm", "lr", "images_per_second", "skipped_steps_total"):
-        assert f"nepa_{name}" in values
-    assert 'nepa_embedding_mean_cosine{tensor="target"}' in values
+        assert f'nepa_{name}{{run="run"}}' in values
+    assert 'nepa_embedding_mean_cosine{run="run",tensor="target"}' in values
