@@ -81,6 +81,7 @@ why() {
 # end CODE: notes how srun ended, and either asks SLURM to start the job again or exits. 0 only for a run that is finished.
 end() {
   local code=$1 messages reason detail step stalled=0 again=false
+  trap '' TERM USR1 USR2 # a trap does not hold in what this function calls, and SLURM may be ending the job already
   messages=$(tail -c "+$log_start" "$log")
   reason=$(why "$code" "$messages")
   detail=$(grep -m 1 'srun: error: ' <<<"$messages")
@@ -94,7 +95,8 @@ end() {
   note end code "$code" why "$(json "$reason")" again "$again" stalled "$stalled" checkpoint "$(json "$step")" detail "$(json "$detail")"
   echo "--- $(date -u +%FT%TZ) $reason (exit code $code), newest checkpoint ${step:-none}"
   if [ "$again" = true ]; then
-    if scontrol requeue "$SLURM_JOB_ID"; then
+    # Where a node has failed, SLURM may have queued it again by itself.
+    if scontrol requeue "$SLURM_JOB_ID" || [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = PENDING ]; then
       for _ in {1..60}; do sleep 2; done # SLURM ends this script, and what it waits for first
       exit "$code"
     fi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,20 @@ def test_a_requeue_that_slurm_refuses_is_an_end(job: Job) -> None:
     assert job.attempt(137) == 137
     assert job.record[-1]["detail"] == "scontrol requeue failed"
     assert not job.record[-1]["again"]
+
+
+def test_a_job_that_slurm_has_queued_by_itself_is_no_end(job: Job) -> None:
+    job.program("scontrol", "#!/bin/sh\nexit 1\n")
+    job.program("squeue", "#!/bin/sh\necho PENDING\nkill -9 $PPID\n")
+    job.attempt(137)
+    assert [row["event"] for row in job.record] == ["start", "end"]
+    assert job.record[-1]["again"]
+
+
+def test_a_signal_while_it_notes_the_end_changes_nothing(job: Job) -> None:
+    job.program("grep", f'#!/bin/sh\nkill -TERM $PPID\nexec {shutil.which("grep")} "$@"\n')
+    job.attempt(137, "echo 'srun: error: Node failure on node2'")
+    assert job.record[-1]["why"] == "node failure"
 
 
 def test_signals_to_the_batch_script_wait_for_the_ranks(job: Job) -> None:
