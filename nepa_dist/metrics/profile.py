@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -50,6 +51,8 @@ class Stopwatch:
         self._marks = Marks()
         self._computed = False
         embedding.register_full_backward_pre_hook(self._on_last_gradient)
+        # That images need no gradient is why this hook tells the end of the backward pass; torch warns of it.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
     def start(self) -> None:
         """A step begins."""
