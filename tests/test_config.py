@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nepa_dist.config import Config, ConfigError, changed_keys
@@ -103,6 +103,7 @@ def test_every_preset_is_valid_and_survives_a_round_trip(name: str, write: Write
     assert again.digest() == config.digest()
 
 
+@settings(deadline=None)
 @given(
     steps=st.none() | st.integers(1, 10**9),
     lr=st.floats(0, 1),
