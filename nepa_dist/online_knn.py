@@ -1,8 +1,8 @@
 """How well nearest neighbours tell the classes while a run trains, measured beside the loop on a small fixed set of images.
 
 The loop gives its weights and asks now and then for the result; it waits for neither. On a CPU the work is done by a process of
-its own at the lowest priority, which takes what the trainer leaves: measured beside a training on two cores, a thread of the
-trainer cost it several times as much (docs/probes.md). On a GPU a thread works on a stream of its own, of the least priority.
+its own at the lowest priority, which takes what the trainer leaves: on two cores a step took 1.3 times as long while it worked,
+and twice as long beside a thread (docs/probes.md). On a GPU a thread works on a stream of its own, of the least priority.
 
 Measured is one layer, by default the block in the middle: the last ones return to the patch embeddings (see
 :mod:`nepa_dist.tasks.probe`, which has the protocol). Only the blocks up to it are copied and run. Images are read once and
