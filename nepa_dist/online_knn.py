@@ -42,7 +42,7 @@ class KnnResult(NamedTuple):
     step: int
     """Finished updates of the weights that were measured."""
     values: dict[str, float]
-    """Metrics by registry key: accuracy, its step and time if there is one, and in any case the count of failures."""
+    """Metrics by registry key: accuracy, its step and time if there is one; in any case how many failed and were left out."""
     problem: str | None
     """Why there is no accuracy."""
 
@@ -109,6 +109,8 @@ class OnlineKnn:
         self._result: KnnResult | None = None
         self.failures = 0
         """Measurements that failed."""
+        self.skipped = 0
+        """Measurements that fell due while an earlier one was running."""
         atexit.register(self.close)
 
     def start(self, step: int, weights: Iterable[tuple[str, Tensor]]) -> bool:
@@ -128,6 +130,7 @@ class OnlineKnn:
             if idle and name.startswith(self._wanted):
                 state[name.removeprefix(_PREFIX)] = self._worker.copy(tensor)
         if not idle:
+            self.skipped += 1
             return False
         self._thread = threading.Thread(target=self._measure, args=(step, state), name="online k-NN", daemon=True)
         self._worker.begin()
@@ -147,7 +150,8 @@ class OnlineKnn:
         result, self._result = self._result, None
         if result is not None and result.problem is not None:
             self.failures += 1
-        return result and result._replace(values=result.values | {"knn_failures_total": float(self.failures)})
+        counts = {"knn_failures_total": float(self.failures), "knn_skipped_total": float(self.skipped)}
+        return result and result._replace(values=result.values | counts)
 
     def close(self) -> None:
         """Give up what is running and let go of images and processes. Can be called more than once."""

@@ -162,7 +162,7 @@ def train(
             stopping |= _settle(run, reporter, pending, bad, last=done)
             pending = None
         if config.metrics.knn_every and state.step % config.metrics.knn_every == 0 and state.step > first:
-            _start_knn(knn, run)
+            _start_knn(knn, run, reporter)
         _tell_knn(knn, run, reporter)
         if validator is not None and validating and not stopping:
             stopping = not validator.validate(reporter, watchdog)
@@ -243,11 +243,13 @@ def update(
     )
 
 
-def _start_knn(knn: OnlineKnn | None, run: Run) -> None:
+def _start_knn(knn: OnlineKnn | None, run: Run, reporter: Reporter) -> None:
     """Hand the averaged weights to the k-NN probe of the main rank. A collective."""
     weights = ((name, state.get("ema", state["weight"])) for name, state in run.engine.named_state())
     if knn is not None:
-        knn.start(run.state.step, weights)
+        if not knn.start(run.state.step, weights) and knn.skipped == 1:  # told once; the metric counts them all
+            every = run.config.metrics.knn_every
+            reporter.event(f"no k-NN of step {run.state.step}: one takes longer than metrics.knn_every={every} steps")
     else:
         for _ in weights:  # takes part in the collectives
             pass

@@ -2,8 +2,9 @@
 
 import io
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from nepa_dist.config import AugmentConfig, DataConfig
+from nepa_dist.config import AugmentConfig, Config, DataConfig
 from nepa_dist.data.augment import Mask, augment, augment_mask
-from nepa_dist.data.containers import Container, DataError, open_container
+from nepa_dist.data.containers import Container, DataError, Sample, open_container
 from nepa_dist.data.decode import decode_image
 from nepa_dist.data.device import normalize, to_device
 from nepa_dist.data.loader import BadSample, Batch, EvalLoader, TrainLoader, add_digests, batch_digest, default_num_workers
 from nepa_dist.data.order import Order
+from nepa_dist.data.whole import WholeImages
 
 SEED, SIZE = 11, 32
 
@@ -310,6 +312,40 @@ def test_a_sample_without_a_mask_is_bad_where_masks_are_asked_for(folder: Path) 
     assert [bad.reason for bad in batch.bad] == ["it has no mask"] * 10
     with pytest.raises(DataError, match="it has no mask"):
         next(iter(_train(folder, masks=True)))
+
+
+class _Narrow:
+    """Scenes whose masks have lost their last column."""
+
+    def __init__(self) -> None:
+        self._scenes = open_container("digits", "val", image_size=SIZE)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scenes, name)
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def read(self, index: int) -> Sample:
+        sample = self._scenes.read(index)
+        assert sample.mask is not None
+        return replace(sample, mask=sample.mask[:, :-1])
+
+
+def test_a_mask_of_another_size_than_its_image_is_named_in_training_and_evaluation() -> None:
+    reason = f"the mask has {SIZE - 1}x{SIZE} pixels, the image {SIZE}x{SIZE}"
+    scenes = cast(Container, _Narrow())
+    data = DataConfig(num_workers=0)
+    (batch,) = EvalLoader(scenes, data, image_size=SIZE, batch_size=2, masks=True, indices=range(2))
+    config = Config.model_validate(
+        {"task": "segment", "model": {"image_size": SIZE, "patch_size": 8}, "data": {"source": "digits"}}
+    )
+    (whole,) = WholeImages(scenes, config, indices=[3])
+    for bad in (*batch.bad, *whole.bad):
+        assert bad.reason == reason
+        assert bad.name == scenes.name(bad.id)
+    assert len(batch.bad) == 2
+    assert len(whole.bad) == 1
 
 
 def _paint(

@@ -90,6 +90,7 @@ def test_every_metric_is_on_a_dashboard():
         "knn_step",
         "knn_seconds",
         "knn_failures_total",
+        "knn_skipped_total",
     }
 
 

@@ -119,7 +119,9 @@ def test_it_takes_no_second_measurement_while_one_runs(knn):
     consumed = []
     assert not probe.start(2, ((name, consumed.append(name) or tensor) for name, tensor in state.items()))
     assert len(consumed) == len(state), "other ranks take part in making them"
-    assert probe.poll(WAIT).step == 1
+    result = probe.poll(WAIT)
+    assert result.step == 1
+    assert result.values["knn_skipped_total"] == 1, "one that fell due meanwhile is not lost without a word"
 
 
 def test_failures_are_told_and_counted_and_do_not_last(knn):
@@ -128,7 +130,7 @@ def test_failures_are_told_and_counted_and_do_not_last(knn):
     probe.start(1, [(name, tensor * float("nan")) for name, tensor in state.items()])
     result = probe.poll(WAIT)
     assert result.problem == "80 of 80 training features are not finite"
-    assert result.values == {"knn_failures_total": 1}
+    assert result.values == {"knn_failures_total": 1, "knn_skipped_total": 0}
     (process,) = processes()
     assert os.getpriority(os.PRIO_PROCESS, process) == 19
     os.kill(process, signal.SIGKILL)
@@ -138,7 +140,7 @@ def test_failures_are_told_and_counted_and_do_not_last(knn):
         assert again.values["knn_failures_total"] == 1
     else:
         assert again.problem == "its process was killed (exit code -9)"
-        assert again.values == {"knn_failures_total": 2}
+        assert again.values == {"knn_failures_total": 2, "knn_skipped_total": 0}
     probe.start(3, state.items())
     assert probe.poll(WAIT).problem is None
     probe.start(4, [("backbone.cls_token", state["backbone.cls_token"])])

@@ -7,7 +7,7 @@ A prepared split is a folder (``python -m data_prep`` makes it)::
     names.txt              one line per sample: where it came from
     repairs.jsonl          what was repaired, by sample
     plan.json, plan.npy    which sample goes into which shard; parts/ holds what each writer noted
-    SHA256SUMS             of all files above, for ``sha256sum -c``
+    SHA256SUMS             of the shards and of the first four, for ``sha256sum -c``
     shard-00000.tar ...    or shard.00000.mds, shard-00000.beton
 
 A sample's id is its rank among the source's names sorted by their bytes, so it is the same in every container and in the

@@ -132,6 +132,7 @@ _TABLE = (
     _gauge("knn_step", "steps", "Step of the weights that knn_top1 is of: it is measured while training goes on.", when=_KNN),
     _gauge("knn_seconds", "seconds", "Time that the newest k-NN measurement took, beside training.", when=_KNN),
     _counter("knn_failures_total", "", "k-NN measurements that failed; training went on.", when=_KNN),
+    _counter("knn_skipped_total", "", "k-NN measurements left out, since the one before was still running.", when=_KNN),
     # Speed and memory
     _gauge("images_per_second", "images/second", "Images of all ranks per second, over the log interval."),
     _gauge("tokens_per_second", "tokens/second", "Tokens through the blocks of all ranks per second, over the log interval."),
