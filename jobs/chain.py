@@ -52,7 +52,7 @@ def submit_chain(root: Path, stages: Sequence[tuple[Config, int | None]], code: 
 
 def report_job(root: Path, cluster: ClusterConfig, code: Path, after: str, module: str) -> Job:
     """The job of one core that describes what others have left."""
-    small = one_gpu(cluster).model_copy(update={"cpus_per_gpu": 1, "mem": None if cluster.mem is None else "2G", "time": "10"})
+    small = one_gpu(cluster).model_copy(update={"cpus_per_gpu": 1, "mem": None if cluster.mem is None else "6G", "time": "30"})
     small = small.model_copy(update={"signal_seconds": 60})
     name = f"{root.name}-report"
     return Job(name, small, (root,), root, code, gpus=False, module=(module,), record="report", after=after)

@@ -23,6 +23,7 @@ from nepa_dist.metrics.sinks import read_curve  # noqa: E402
 RUNS = Path("runs/demo")
 PIPELINE = ["jobs/submit.py", "pipeline", "demo", "--cluster", "local", "--name", "demo"]
 PROBE = ["-m", "nepa_dist.evaluate", str(RUNS / "pretrain"), "--num-train", "2000", "--num-test", "1000", "--k", "20"]
+REPORT = ["-m", "jobs.pipeline_report", str(RUNS)]
 STOP_AT_STEP = 100
 
 
@@ -35,16 +36,8 @@ def main() -> int:
     if code == EXIT_AGAIN:
         title = "2. The same command continues where it stopped, then fine-tunes and segments, with and without pretraining."
         code = _run(PIPELINE, title)
-    steps = [
-        (PROBE, "3. Probe the frozen features of every layer, against the same model untrained."),
-        (["-m", "nepa_dist.visualize", str(RUNS / "pretrain"), "--samples", "0,1"], "4. What patches attend to and predict."),
-        (
-            ["-m", "nepa_dist.visualize", str(RUNS / "segment"), "--samples", "0,1,2"],
-            "5. Scenes, segmented.",
-        ),
-    ]
-    for command, title in steps:
-        code = code or _run(command, title)
+    code = code or _run(PROBE, "3. Probe the frozen features of every layer, against the same model untrained.")
+    code = code or _run(REPORT, "4. The report again, with the probe.")
     if code == 0:
         pictures = "\n".join(f"  {path}" for path in sorted(RUNS.rglob("figures/*.png")))
         print(f"\nPictures:\n{pictures}\n\n{_table()}\n")

@@ -30,7 +30,7 @@ from jobs.checks import Checked, Opened, check_stage
 from jobs.findings import table
 from jobs.launch import LaunchError, describe_job, launch_local, make_private
 from jobs.options import CONFIGS, TASKS, absolute, add_stage_options, add_ways, collect_layers, recipe_names, stage_parser
-from jobs.pipeline_report import write_report
+from jobs.pipeline_report import draw_samples, write_report
 from jobs.probe import is_probed, probe_here
 from jobs.runs import is_finished
 from jobs.slurm import SubmitError
@@ -225,6 +225,8 @@ def run_here(root: Path, stages: Sequence[Stage], *, probe: bool = False) -> tup
                 code, problems = 2, [f"{stage.part.name}: {error}"]
         if not code and probe and stage.part.task == _FIRST and not is_probed(run_dir):
             code = probe_here(run_dir)
+        if not code:
+            draw_samples(run_dir)
         if code:
             print(f"{title}: ended with exit code {code}; the same command goes on here", file=sys.stderr, flush=True)
             break

@@ -1,19 +1,43 @@
 """report.md of a pipeline: a table of its stages, and their curves and pictures as links. Imports no torch.
 
-``python -m jobs.pipeline_report FOLDER`` writes it again.
+``python -m jobs.pipeline_report FOLDER`` draws what is missing and writes it again.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jobs.control import read_config
+from jobs.probe import with_our_code
 from jobs.runs import newest_checkpoint, read_json, read_outcome, read_progress, read_scores
 from nepa_dist.run_folder import write_text
 
 _PICTURES = ("figures", "best")
 """Folders of a run in which stages leave pictures."""
+_SAMPLES = "0,1,2"
+"""Of the validation split, in the pictures of what a model sees."""
+
+
+def draw_samples(run_dir: Path) -> None:
+    """Draw what a run sees in a few validation images: its maps, or the classes of their pixels.
+
+    Does nothing where that is drawn already, and for a classifier, which has no pictures of its own. What cannot be drawn is
+    told and ends nothing.
+    """
+    newest = newest_checkpoint(run_dir)
+    if newest is None or read_config(run_dir).task == "finetune":
+        return
+    drawn = run_dir / "figures" / ".samples"
+    if drawn.exists() and drawn.read_text() == str(newest):
+        return
+    command = [sys.executable, "-P", "-m", "nepa_dist.visualize", str(run_dir), "--samples", _SAMPLES]
+    if subprocess.run(command, env=with_our_code(), check=False).returncode:
+        print(f"{run_dir.name}: no pictures of what it sees; the report goes without", file=sys.stderr, flush=True)
+    else:
+        write_text(drawn, str(newest))
 
 
 def write_report(root: Path, run_dirs: Sequence[Path]) -> Path:
@@ -70,10 +94,13 @@ def _section(root: Path, run_dir: Path) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # in order with the lines of who draws
     folders = [Path(word).absolute() for word in (sys.argv[1:] if argv is None else argv)]
     for root in folders:
         runs = [path.parent for path in root.glob("*/config.yaml")]
         # In the order in which they began, so that the first stage is the first.
+        for run_dir in runs:
+            draw_samples(run_dir)
         print(f"wrote {write_report(root, sorted(runs, key=_began))}")
     return 0 if folders else 2
 

@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> tuple[int, list[str]]:
 def probe_here(run: Path, options: Sequence[str] = ()) -> int:
     """Probe a run in a process of this machine; returns the exit code."""
     command = [sys.executable, "-P", "-m", MODULE, *options, str(run)]
-    return subprocess.run(command, env=_with_our_code(), check=False).returncode
+    return subprocess.run(command, env=with_our_code(), check=False).returncode
 
 
 def probe_job(config: Config, code: Path, folder: Path | None = None, after: str = "", options: Sequence[str] = ()) -> Job:
@@ -82,5 +82,6 @@ def is_probed(run: Path) -> bool:
     return newest is not None and read_json(run / "evaluation.json").get("step") == newest
 
 
-def _with_our_code() -> dict[str, str]:
+def with_our_code() -> dict[str, str]:
+    """The environment of a process that imports this project's code, whatever is installed."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from jobs import pipeline_report
 from nepa_dist.checkpoint.store import CheckpointStore
 from nepa_dist.metrics.sinks import read_curve
 from nepa_dist.trained import load_trained
@@ -89,6 +91,29 @@ def test_nearest_neighbours_are_measured_beside_pretraining(pretrained):
     assert rows[0]["knn_step"] in (2, 4)
     assert 0 <= rows[0]["knn_top1"] <= 1
     assert rows[-1]["knn_failures_total"] == 0
+
+
+def test_a_report_draws_what_the_stages_see_once(pretrained, whole, capfd):
+    root = pretrained.parent
+    (task, run_dir), copies = whole, root / "pipeline"
+    for source, name in ((pretrained, "pretrain"), (run_dir, task)):
+        shutil.copytree(source, copies / name)
+    for _ in range(2):
+        assert pipeline_report.main([str(copies)]) == 0
+        drawn = {path.relative_to(copies).as_posix() for path in copies.glob("*/figures/val-*.png")}
+        wanted = {f"pretrain/figures/val-{index}_maps.png" for index in range(3)}
+        assert drawn == wanted | (
+            {f"segment/figures/val-{index}_segmentation.png" for index in range(3)} if task == "segment" else set()
+        )
+        report = (copies / "report.md").read_text()
+        assert all(f"]({name})" in report for name in drawn)
+    assert capfd.readouterr().out.count("pretrain/figures/val-0_maps.png") == 1, "not again"
+    (copies / "pretrain" / "figures" / ".samples").unlink()
+    shutil.rmtree(copies / "pretrain" / "checkpoints")
+    (copies / "pretrain" / "checkpoints" / "step-00000004").mkdir(parents=True)
+    assert pipeline_report.main([str(copies)]) == 0
+    assert "pretrain: no pictures of what it sees" in capfd.readouterr().err
+    shutil.rmtree(copies)
 
 
 def test_it_starts_from_the_averaged_backbone_and_accounts_for_every_key(whole, pretrained):

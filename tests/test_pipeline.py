@@ -33,6 +33,7 @@ def trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Trainer:
     monkeypatch.chdir(tmp_path)
     stand_in = Trainer()
     monkeypatch.setattr(cluster, "run_local", stand_in)
+    monkeypatch.setattr(submit.pipeline, "draw_samples", stand_in.drawn.append)
     return stand_in
 
 
@@ -46,6 +47,7 @@ def test_stages_run_in_order_and_start_with_what_pretraining_left(trainer: Train
     assert [(run.task, run.run_dir) for run in trainer.runs] == [(task, root / task) for task in options.TASKS]
     assert [run.init.path for run in trainer.runs] == [None, str(root / "pretrain"), str(root / "finetune")]
     assert [run.init.load for run in trainer.runs] == ["weights", "ema", "ema"], "the recipes' choice"
+    assert trainer.drawn == [root / task for task in options.TASKS]
 
 
 def test_options_are_for_all_stages_or_for_one(trainer: Trainer) -> None:

@@ -16,6 +16,7 @@ class Trainer:
     def __init__(self) -> None:
         self.runs: list[Config] = []
         self.codes: dict[str, int] = {}
+        self.drawn: list[Path] = []
 
     def __call__(self, run_dir: Path, world_size: int) -> int:
         config = load_config([run_dir / "config.yaml"])
