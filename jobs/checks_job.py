@@ -36,9 +36,9 @@ def check_paths(context: Context) -> Iterator[Finding]:
     if not context.is_slurm:
         return
     where = context.config.cluster
-    folder, code = str(_job_folder(context)), str(context.run_dir)
+    folder = str(_job_folder(context))  # holds the run and the code
     bad = False
-    for text in dict.fromkeys((folder, code, sys.executable)):
+    for text in (folder, sys.executable):
         if is_hostile(text):
             bad = True
             yield problem(f"{text!r} has a control character or a line break: choose another --run-dir")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from jobs.options import absolute
 from jobs.runs import BATCH, JOB
 from nepa_dist.config import ClusterConfig, Config
+from nepa_dist.config_cluster import is_hostile
 from nepa_dist.run_folder import write_text
 
 INHERITED = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "TZ", "SLURM_CONF")
@@ -76,7 +77,15 @@ class SubmitError(RuntimeError):
 
 
 def batch_script(job: Job) -> str:
-    """The batch script of a job, whole."""
+    """The batch script of a job, whole.
+
+    Raises:
+        SubmitError: a word of it has a control character or a line break, which would be more than a word to sbatch.
+    """
+    texts = (job.name, *map(str, (*job.runs, job.folder, job.code)), *job.module, job.record, job.after, sys.executable)
+    for text in texts:
+        if is_hostile(text):
+            raise SubmitError(f"{text!r} has a control character or a line break: no batch script may hold it")
     from submitit.slurm.slurm import _make_sbatch_string  # a function: an executor would look for srun
 
     return _make_sbatch_string(

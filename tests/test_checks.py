@@ -130,6 +130,24 @@ def test_many_problems_come_at_once(desk: Desk) -> None:
     assert "5 problems, nothing was started" in text
 
 
+def test_data_that_is_missing_hides_no_other_problem(desk: Desk) -> None:
+    text = desk("--data", "/nonexistent/images", "--partition", "gqu", "--account", "labb", "--include", "no")
+    for line in (
+        "data.source /nonexistent/images",
+        "no partition 'gqu'",
+        "you may charge lab, other",
+        "--include no: no such file",
+    ):
+        assert line in text
+    assert "4 problems, nothing was started" in text
+
+
+def test_what_follows_from_missing_data_is_not_reported_twice(desk: Desk) -> None:
+    text = desk("--data", "/nonexistent/images", "--set", "epochs=1", "--set", "optim.warmup_steps=1000000")
+    assert "1 problem, nothing was started" in text
+    assert "the others need settings that are in order" in desk("--set", "model.patch_size=7")
+
+
 def test_a_check_can_be_skipped_by_its_name(desk: Desk) -> None:
     assert "skipped  account" in desk("--account", "y", "--skip-check", "account", expected=0)
     text = desk("--data", "/nonexistent/images", "--skip-check", "data", "--set", "data.expected_num_samples=1000", expected=0)
