@@ -58,7 +58,7 @@ def check_shared(context: Context) -> Iterator[Finding]:
         return
     config = context.config
     places = {"run folder": str(context.run_dir)}
-    if config.data.source and "://" not in config.data.source and os.path.isabs(config.data.source):
+    if config.data.source and os.path.isabs(config.data.source) and os.path.exists(config.data.source):
         places["data"] = config.data.source
     if config.cluster.container is None:
         places["interpreter"] = config.cluster.python or sys.executable

@@ -103,10 +103,11 @@ def batch_script(job: Job) -> str:
 def rank_environment_text(job: Job) -> str:
     """What the ranks find beside the variables of the script, as comments."""
     where = job.cluster
+    master = where.environment.get("MASTER_ADDR", "first node of the job")
     lines = [
         f"each of the {where.world_size} ranks also has, from srun through jobs.runner:",
         "  RANK=$SLURM_PROCID  WORLD_SIZE=$SLURM_NTASKS  LOCAL_RANK=$SLURM_LOCALID  LOCAL_WORLD_SIZE=tasks of its node",
-        "  MASTER_ADDR=first node of the job  MASTER_PORT=20000 + (16 x job + step) mod 12000, the same for all",
+        f"  MASTER_ADDR={master}  MASTER_PORT=20000 + (16 x job + step) mod 12000, the same for all",
         f"and of the shell that submits: {', '.join((*INHERITED, *where.inherit))}; nothing else",
     ]
     if where.secrets:

@@ -156,7 +156,8 @@ def show_checks(problems: Sequence[str], checked: Checked) -> int:
     named = [*(Finding("problem", text, "options") for text in problems), *checked.findings]
     which = "checks" if checked.config else "checks (the others need settings that are in order)"
     wrong = sum(finding.kind == "problem" for finding in named)
-    _print_report([*table(named), f"{len(named)} {which}, {counted(wrong)}, nothing was started"])
+    count = len({finding.check for finding in named})
+    _print_report([*table(named), f"{count} {which}, {counted(wrong)}, nothing was started"])
     return USER_ERROR if wrong else 0
 
 

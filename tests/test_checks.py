@@ -159,6 +159,7 @@ def test_a_folder_that_one_node_sees_is_refused(desk: Desk, tmp_path: Path) -> N
     text = desk()
     assert "name" in text
     assert "in cluster.shared if they do" in text
+    assert "the data" not in desk("--data", "/nonexistent/images"), "that it is missing is said once"
 
 
 def test_a_job_that_waits_or_a_trainer_that_runs_is_found(desk: Desk, tmp_path: Path) -> None:
