@@ -103,12 +103,19 @@ def check_stage(
     context = Context(args, config, num_samples, parents)
     differing, changes = compare_with_existing(config)
     findings += [Finding("problem", text, "same settings") for text in differing]
-    checks = {name: check for name, check in CHECKS.items() if not (elsewhere and name in NEED_THE_PLACE)}
-    if not found:
-        findings += run_checks(checks, context)
-    elif "folder" in checks:
-        findings += run_checks({"folder": checks["folder"]}, context)
+    left_out = (NEED_THE_PLACE if elsewhere else set()) | (set() if _has_a_plan(context) else NEED_A_PLAN)
+    checks = {name: check for name, check in CHECKS.items() if name not in left_out}
+    findings += run_checks(checks, context)
     return Checked(config, findings, changes, num_samples, where)
+
+
+def _has_a_plan(context: Context) -> bool:
+    """Whether steps and batches follow from the settings; if not, that has been said, or needs the number of images."""
+    try:
+        context.plan  # noqa: B018
+    except ConfigError:
+        return False
+    return True
 
 
 def check_data(
@@ -344,5 +351,7 @@ CHECKS: dict[str, Check] = {
 """Name -> check. ``settings``, ``data`` and ``same settings`` come before them."""
 KNOWN = ("data", *CHECKS)
 """Names that ``--skip-check`` takes."""
+NEED_A_PLAN = {"batch", "memory", "space"}
+"""Checks that need the number of steps or the micro-batch."""
 NEED_THE_PLACE = {"init", "folder", "space", "trainer", *JOB_CHECKS, *CLUSTER_CHECKS} - {"launcher", "submitit", "paths"}
 """Checks that make sense only where the run will be, or where it is submitted."""

@@ -36,9 +36,9 @@ def check_paths(context: Context) -> Iterator[Finding]:
     if not context.is_slurm:
         return
     where = context.config.cluster
-    folder, code = str(_job_folder(context)), str(context.run_dir)
+    folder = str(_job_folder(context))  # holds the run and the code
     bad = False
-    for text in dict.fromkeys((folder, code, sys.executable)):
+    for text in (folder, sys.executable):
         if is_hostile(text):
             bad = True
             yield problem(f"{text!r} has a control character or a line break: choose another --run-dir")
@@ -58,7 +58,7 @@ def check_shared(context: Context) -> Iterator[Finding]:
         return
     config = context.config
     places = {"run folder": str(context.run_dir)}
-    if config.data.source and "://" not in config.data.source and os.path.isabs(config.data.source):
+    if config.data.source and os.path.isabs(config.data.source) and os.path.exists(config.data.source):
         places["data"] = config.data.source
     if config.cluster.container is None:
         places["interpreter"] = config.cluster.python or sys.executable

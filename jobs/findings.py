@@ -88,6 +88,11 @@ def run_checks(checks: dict[str, Check], context: Context) -> list[Finding]:
     return findings
 
 
+def counted(number: int) -> str:
+    """``no problems``, ``1 problem``, ``2 problems``."""
+    return "1 problem" if number == 1 else f"{number or 'no'} problems"
+
+
 def table(findings: Sequence[Finding]) -> list[str]:
     """One line per finding."""
     marks = {"good": "ok", "skipped": "skipped", "note": "note", "problem": "WRONG"}

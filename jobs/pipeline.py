@@ -27,7 +27,7 @@ import yaml
 
 from jobs.chain import describe_chain, submit_chain
 from jobs.checks import Checked, Opened, check_stage
-from jobs.findings import table
+from jobs.findings import counted, table
 from jobs.launch import LaunchError, describe_job, launch_local, make_private
 from jobs.options import CONFIGS, TASKS, absolute, add_stage_options, add_ways, collect_layers, recipe_names, stage_parser
 from jobs.pipeline_report import draw_samples, write_report
@@ -35,7 +35,7 @@ from jobs.probe import is_probed, probe_here
 from jobs.runs import is_finished
 from jobs.slurm import SubmitError
 from jobs.snapshot import read_code
-from nepa_dist.config import Config, nearest, other_settings
+from nepa_dist.config import Config, name_problem, nearest, other_settings
 
 FOLDER = "pipeline"
 """Of configs/: what pipelines consist of."""
@@ -110,10 +110,12 @@ def main(argv: Sequence[str]) -> tuple[int, list[str]]:
     parts, problems = read_parts(args)
     if problems:
         return 2, problems
-    root = Path(absolute("runs")) / (args.name or default_name([FOLDER, args.pipeline], args))
+    root, problems = root_of(args.name or default_name([FOLDER, args.pipeline], args))
+    if problems:
+        return 2, problems
     stages, problems = build_stages(parts, args, root)
     if args.check:
-        return show(stages, problems)
+        return show_checks(stages, problems)
     if problems:
         return 2, problems
     if args.dry_run:
@@ -143,12 +145,17 @@ def _print_lines(lines: Iterable[str]) -> tuple[int, list[str]]:
     return 0, []
 
 
-def show(stages: Sequence[Stage], problems: Sequence[str]) -> tuple[int, list[str]]:
+def show_checks(stages: Sequence[Stage], problems: Sequence[str]) -> tuple[int, list[str]]:
     """Print what every check says of every stage; returns the exit code, and no problems."""
     for stage in stages:
         print("\n".join([f"{stage.part.name}:", *(f"  {line}" for line in table(stage.checked.findings))]))
-    print(f"{len(problems) or 'no'} problems, nothing was started")
+    print(f"{counted(len(problems))}, nothing was started")
     return 2 if problems else 0, []
+
+
+def root_of(name: str) -> tuple[Path, list[str]]:
+    """Folder of a pipeline or sweep, and what is wrong with its name."""
+    return Path(absolute("runs")) / name, list(filter(None, [name_problem(name)]))
 
 
 def read_parts(args: argparse.Namespace) -> tuple[list[Part], list[str]]:

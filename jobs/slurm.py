@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from jobs.options import absolute
 from jobs.runs import BATCH, JOB
 from nepa_dist.config import ClusterConfig, Config
+from nepa_dist.config_cluster import is_hostile
 from nepa_dist.run_folder import write_text
 
 INHERITED = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "TZ", "SLURM_CONF")
@@ -76,7 +77,15 @@ class SubmitError(RuntimeError):
 
 
 def batch_script(job: Job) -> str:
-    """The batch script of a job, whole."""
+    """The batch script of a job, whole.
+
+    Raises:
+        SubmitError: a word of it has a control character or a line break, which would be more than a word to sbatch.
+    """
+    texts = (job.name, *map(str, (*job.runs, job.folder, job.code)), *job.module, job.record, job.after, sys.executable)
+    for text in texts:
+        if is_hostile(text):
+            raise SubmitError(f"{text!r} has a control character or a line break: no batch script may hold it")
     from submitit.slurm.slurm import _make_sbatch_string  # a function: an executor would look for srun
 
     return _make_sbatch_string(
@@ -94,10 +103,11 @@ def batch_script(job: Job) -> str:
 def rank_environment_text(job: Job) -> str:
     """What the ranks find beside the variables of the script, as comments."""
     where = job.cluster
+    master = where.environment.get("MASTER_ADDR", "first node of the job")
     lines = [
         f"each of the {where.world_size} ranks also has, from srun through jobs.runner:",
         "  RANK=$SLURM_PROCID  WORLD_SIZE=$SLURM_NTASKS  LOCAL_RANK=$SLURM_LOCALID  LOCAL_WORLD_SIZE=tasks of its node",
-        "  MASTER_ADDR=first node of the job  MASTER_PORT=20000 + (16 x job + step) mod 12000, the same for all",
+        f"  MASTER_ADDR={master}  MASTER_PORT=20000 + (16 x job + step) mod 12000, the same for all",
         f"and of the shell that submits: {', '.join((*INHERITED, *where.inherit))}; nothing else",
     ]
     if where.secrets:

@@ -17,11 +17,12 @@ if not __package__:  # started as a file: the folder above holds both packages
 from jobs import control, doctor_nodes, pipeline, probe, status, sweep
 from jobs.checks import Checked, check_stage
 from jobs.cluster import USER_ERROR
-from jobs.findings import Finding, table
+from jobs.findings import Finding, counted, table
 from jobs.launch import LaunchError, describe_job, launch_local, launch_slurm
 from jobs.options import TASKS, collect_layers, stage_parser
 from jobs.runs import is_finished, newest_checkpoint
-from jobs.snapshot import read_code
+from jobs.slurm import SubmitError
+from jobs.snapshot import SnapshotError, read_code
 from nepa_dist.config import Config, nearest
 from nepa_dist.report import build_report
 
@@ -66,7 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else USER_ERROR
-    command, rest = argv[0], argv[1:]
+    try:
+        return _call(argv[0], argv[1:])
+    except (SnapshotError, SubmitError) as error:  # of --print, which runs no checks of the place
+        return refuse([str(error)])
+
+
+def _call(command: str, rest: Sequence[str]) -> int:
     if command in TASKS:
         return run_stage(command, rest)
     if command == "pipeline":
@@ -106,7 +113,7 @@ def run_stage(task: str, argv: Sequence[str]) -> int:
     layers, problems = collect_layers(args)
     checked = check_stage(args, layers)
     if args.check:
-        return show_checks(problems, checked.findings)
+        return show_checks(problems, checked)
     problems += checked.problems
     config = checked.config
     if config is None or problems:
@@ -144,19 +151,20 @@ def start(config: Config, checked: Checked, include: Sequence[str]) -> int:
     return 0
 
 
-def show_checks(problems: Sequence[str], findings: Sequence[Finding]) -> int:
+def show_checks(problems: Sequence[str], checked: Checked) -> int:
     """Print what every check says; returns 2 if one found a problem."""
-    named = [*(Finding("problem", text, "options") for text in problems), *findings]
+    named = [*(Finding("problem", text, "options") for text in problems), *checked.findings]
+    which = "checks" if checked.config else "checks (the others need settings that are in order)"
     wrong = sum(finding.kind == "problem" for finding in named)
-    summary = "1 problem" if wrong == 1 else f"{wrong or 'no'} problems"
-    _print_report([*table(named), f"{len(named)} checks, {summary}, nothing was started"])
+    count = len({finding.check for finding in named})
+    _print_report([*table(named), f"{count} {which}, {counted(wrong)}, nothing was started"])
     return USER_ERROR if wrong else 0
 
 
 def refuse(problems: Sequence[str], what: str = "started") -> int:
     """Print a list of problems; returns the exit code for it."""
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    print("\n".join([f"{count}, nothing was {what}:", *(f"  - {problem}" for problem in problems)]), file=sys.stderr)
+    lines = [f"{counted(len(problems))}, nothing was {what}:", *(f"  - {problem}" for problem in problems)]
+    print("\n".join(lines), file=sys.stderr)
     return USER_ERROR
 
 

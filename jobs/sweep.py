@@ -31,9 +31,8 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from jobs.cluster import USER_ERROR
-from jobs.findings import table
 from jobs.launch import LaunchError, describe_job, launch_local, make_private
-from jobs.options import CONFIGS, absolute, add_ways, recipe_names
+from jobs.options import CONFIGS, add_ways, recipe_names
 from jobs.pipeline import (
     Part,
     Stage,
@@ -43,6 +42,8 @@ from jobs.pipeline import (
     default_name,
     describe,
     read_stages,
+    root_of,
+    show_checks,
     split,
     words_for,
 )
@@ -137,14 +138,13 @@ def main(argv: Sequence[str]) -> tuple[int, list[str]]:
     stages, more = chosen("stage", args.stages, sweep.stages)
     if problems := [*problems, *more]:
         return 2, problems
-    root = Path(absolute("runs")) / (args.name or default_name([FOLDER, Path(args.sweep).stem, args.recipe or ""], args))
+    root, problems = root_of(args.name or default_name([FOLDER, Path(args.sweep).stem, args.recipe or ""], args))
+    if problems:
+        return 2, problems
     parts = [run for run in sweep.runs if run.stage in stages and run.name.split("/")[0] in (SHARED, *variants)]
     built, problems = build_stages(parts, args, root)
     if args.check:
-        for stage in built:
-            print("\n".join([f"{stage.part.name}:", *(f"  {line}" for line in table(stage.checked.findings))]))
-        print(f"{len(problems) or 'no'} problems, nothing was started")
-        return (2 if problems else 0), []
+        return show_checks(built, problems)
     launchers = {stage.checked.config.cluster.launcher for stage in built if stage.checked.config}
     if len(launchers) > 1:
         problems.append("some runs are to run here and some on SLURM: give one --cluster for all")

@@ -44,6 +44,7 @@ __all__ = [
     "SegmentConfig",
     "changed_keys",
     "may_differ",
+    "name_problem",
     "nearest",
     "other_settings",
 ]
@@ -221,9 +222,8 @@ class Config(Section):
     @field_validator("name")
     @classmethod
     def _check_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
-            rule = "1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or digit"
-            raise ValueError(f"{value!r} cannot name a run (--name, or the last part of --run-dir): it takes {rule}")
+        if problem := name_problem(value):
+            raise ValueError(problem)
         return value
 
     @property
@@ -264,6 +264,14 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The whole configuration as YAML that :func:`load_config` reads back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def name_problem(text: str) -> str:
+    """Why a text cannot name a run, or a folder of runs; empty if it can."""
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
+        return ""
+    rule = "1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+    return f"{text!r} cannot name a run (--name, or the last part of --run-dir): it takes {rule}"
 
 
 _NOT_IDENTITY = {"name", "run_root", "cluster", "checkpoint", "evaluate", "metrics", "guard", "micro_batch_size"}

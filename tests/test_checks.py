@@ -130,6 +130,24 @@ def test_many_problems_come_at_once(desk: Desk) -> None:
     assert "5 problems, nothing was started" in text
 
 
+def test_data_that_is_missing_hides_no_other_problem(desk: Desk) -> None:
+    text = desk("--data", "/nonexistent/images", "--partition", "gqu", "--account", "labb", "--include", "no")
+    for line in (
+        "data.source /nonexistent/images",
+        "no partition 'gqu'",
+        "you may charge lab, other",
+        "--include no: no such file",
+    ):
+        assert line in text
+    assert "4 problems, nothing was started" in text
+
+
+def test_what_follows_from_missing_data_is_not_reported_twice(desk: Desk) -> None:
+    text = desk("--data", "/nonexistent/images", "--set", "epochs=1", "--set", "optim.warmup_steps=1000000")
+    assert "1 problem, nothing was started" in text
+    assert "the others need settings that are in order" in desk("--set", "model.patch_size=7")
+
+
 def test_a_check_can_be_skipped_by_its_name(desk: Desk) -> None:
     assert "skipped  account" in desk("--account", "y", "--skip-check", "account", expected=0)
     text = desk("--data", "/nonexistent/images", "--skip-check", "data", "--set", "data.expected_num_samples=1000", expected=0)
@@ -141,6 +159,7 @@ def test_a_folder_that_one_node_sees_is_refused(desk: Desk, tmp_path: Path) -> N
     text = desk()
     assert "name" in text
     assert "in cluster.shared if they do" in text
+    assert "the data" not in desk("--data", "/nonexistent/images"), "that it is missing is said once"
 
 
 def test_a_job_that_waits_or_a_trainer_that_runs_is_found(desk: Desk, tmp_path: Path) -> None:

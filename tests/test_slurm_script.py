@@ -136,14 +136,51 @@ def test_a_local_run_is_described_too(elsewhere: Path, capsys: pytest.CaptureFix
     assert "WORLD_SIZE=2" in text
 
 
+@pytest.mark.parametrize("command", ["pipeline vit_b", "sweep objective_digits"])
+@pytest.mark.parametrize("name", ["a\n#SBATCH --wrap=x", "../up", "a/b", "-x", "a b", "\u202ea"])
+def test_a_pipeline_or_sweep_has_a_name_like_a_run(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str], command: str, name: str
+) -> None:
+    words = [*command.split(), "--cluster", "slurm", f"--name={name}", "--skip-check", "paths", "--print"]
+    assert submit.main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("cannot name a run") == 1
+
+
+def test_no_script_is_written_with_a_line_break_whatever_is_skipped(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The check that would say so can be skipped, the rule cannot."""
+    words = ["pretrain", "vit_b", "--nodes", "2", "--run-dir", "/scratch/a\n#SBATCH --wrap=x/run", "--print"]
+    assert submit.main([*words, "--skip-check", "paths"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "control character or a line break" in captured.err
+
+
+@pytest.mark.parametrize("command", ["pretrain vit_b", "pipeline vit_b", "sweep objective_digits"])
+def test_code_that_cannot_be_taken_is_a_mistake(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(submit, "read_code", snapshot.read_code)
+    assert submit.main([*command.split(), "--cluster", "slurm", "--include", "*.nothing", "--print"]) == 2
+    assert "--include *.nothing: no such file" in capsys.readouterr().err
+
+
 PIECES = (
     r"""$(touch hit)|`touch hit`|;touch hit;|'|"|\|&&touch hit&&|>hit|<x|$HOME|${IFS}| |  |#|#SBATCH --wrap=x|END|*|?|{a,b}|x"""
     "|~|!|!!|%A|%j|%|-|--array=9|=|é|画像|(|)|\U0001f600|\u202e|\u200b|\n|\ntouch hit\n|\n#SBATCH --array=9\n|\r|\t|\x1b"
-    "|\x00|\udcff|:|,|[|]"
+    "|\x00|\udcff|:|,|[|]|\u2028|\u2029|\u2028#SBATCH --array=9\u2028|\x85|\v|\f|\ufeff|\u2066|\u00a0|\\n|$'\\n'|%0a"
 )
 FREE_TEXT = (
+    "RECIPE",
+    "--cluster",
     "--name",
     "--run-dir",
+    "--run-dir FOLDER",
+    "PIPELINE",
+    "SWEEP",
     "--data",
     "--partition",
     "--account",
@@ -169,6 +206,9 @@ FREE_TEXT = (
     "--set cluster.container_mounts=",
     "--set cluster.environment.X=",
     "--set cluster.inherit=",
+    "--set cluster.shared=",
+    "--set cluster.secrets=",
+    "--set init.path=",
     "--set data.cache_dir=",
     "--set ",
 )
@@ -204,12 +244,9 @@ def test_what_a_user_writes_is_never_executed_and_makes_no_directive(
     work.mkdir()
     scripts = []
     for option, text in hostile(2000):
-        words = ["pretrain", "vit_b", "--nodes", "2", *option.split(" ", 1)]
-        words[-1] = words[-1] + value(option, text) if option.startswith("--set") else f"{option}={text}"
-        words[-1] = words[-1].replace("\0", "")  # no argument of a program can hold it; YAML can, as an escape
         capsys.readouterr()
         try:
-            code = submit.main([*words, "--print"])
+            code = submit.main([*command_line(option, text), "--skip-check", "paths", "--print"])
         except UnicodeEncodeError:  # of the terminal, for bytes that are no text
             continue
         except SystemExit:  # of the parser of options
@@ -228,12 +265,32 @@ def test_what_a_user_writes_is_never_executed_and_makes_no_directive(
     assert not list(tmp_path.rglob("hit"))
 
 
+def command_line(option: str, text: str) -> list[str]:
+    """Words of a command with a text in one place."""
+    plain = text.replace("\0", "")  # no argument of a program can hold it; YAML can, as an escape
+    if option == "PIPELINE":
+        return ["pipeline", "vit_b", "--cluster", "slurm", f"--name={plain}"]
+    if option == "SWEEP":
+        return ["sweep", "objective_digits", "--cluster", "slurm", f"--name={plain}"]
+    if option == "RECIPE":
+        return ["pretrain", plain, "--nodes", "2"]
+    if option == "--run-dir FOLDER":
+        last = f"--run-dir=/scratch/{plain}/run"
+    elif option.startswith("--set"):
+        last = option.replace(" ", "=", 1) + value(option, text).replace("\0", "")
+    else:
+        last = f"{option}={plain}"
+    return ["pretrain", "vit_b", "--nodes", "2", last]
+
+
 def value(option: str, text: str) -> str:
     """As YAML, in a list where the setting is one."""
     import json
 
     quoted = json.dumps(text)
-    return text if option == "--set " else f"[{quoted}]" if re.search("modules|mounts|inherit", option) else quoted
+    return (
+        text if option == "--set " else f"[{quoted}]" if re.search("modules|mounts|inherit|shared|secrets=", option) else quoted
+    )
 
 
 def directives(script: str) -> list[str]:
