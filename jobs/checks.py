@@ -22,6 +22,7 @@ from jobs.runs import newest_checkpoint, read_json
 from nepa_dist.config import Config, ConfigError, changed_keys, nearest
 from nepa_dist.config_load import load_config
 from nepa_dist.memory import activation_bytes, head_parameters, state_bytes
+from nepa_dist.metrics.trackers import tracker_problems
 from nepa_dist.plan import make_plan
 from nepa_dist.presets import num_parameters
 
@@ -288,6 +289,20 @@ def check_space(context: Context) -> Iterator[Finding]:
         yield good(text)
 
 
+def check_trackers(context: Context) -> Iterator[Finding]:
+    """What metrics.sinks names is installed."""
+    names = context.config.metrics.sinks
+    if not names:
+        yield good("none")
+    elif context.config.cluster.container or context.config.cluster.python:
+        yield skipped("the ranks run in another environment, and look there")
+    else:
+        problems = tracker_problems(names)
+        yield from map(problem, problems)
+        if not problems:
+            yield good(", ".join(names))
+
+
 def check_trainer(context: Context) -> Iterator[Finding]:
     """Nothing trains in that folder on this machine."""
     import fcntl
@@ -344,6 +359,7 @@ CHECKS: dict[str, Check] = {
     "init": check_init,
     "folder": check_folder,
     "space": check_space,
+    "trackers": check_trackers,
     "trainer": check_trainer,
     **JOB_CHECKS,
     **CLUSTER_CHECKS,
@@ -353,5 +369,6 @@ KNOWN = ("data", *CHECKS)
 """Names that ``--skip-check`` takes."""
 NEED_A_PLAN = {"batch", "memory", "space"}
 """Checks that need the number of steps or the micro-batch."""
-NEED_THE_PLACE = {"init", "folder", "space", "trainer", *JOB_CHECKS, *CLUSTER_CHECKS} - {"launcher", "submitit", "paths"}
+_ANYWHERE = {"launcher", "submitit", "paths"}
+NEED_THE_PLACE = {"init", "folder", "space", "trackers", "trainer", *JOB_CHECKS, *CLUSTER_CHECKS} - _ANYWHERE
 """Checks that make sense only where the run will be, or where it is submitted."""

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from nepa_dist.metrics.panels import GOODPUT, GRAD_NORM, LOSS, MFU, OVERVIEW, PHASES, RUN, SKILL, SPEED, Dashboard, Panel
-
-
-def _quantile(q: float, histogram: str, how: str = "rate", window: str = "$__rate_interval") -> str:
-    return f"histogram_quantile({q}, sum by (run, le) ({how}(nepa_{histogram}_bucket{RUN}[{window}])))"
-
+from monitoring.throughput import THROUGHPUT, quantile
+from nepa_dist.metrics.panels import GOODPUT, GRAD_NORM, LOSS, OVERVIEW, RUN, SKILL, Dashboard, Panel
 
 SCORES = Panel("Validation scores", ("top1", "top5", "miou", "macc", "aacc", "best_score"), when="fine-tuning and segmentation")
 DASHBOARDS = (
@@ -105,93 +101,7 @@ DASHBOARDS = (
             ),
         ),
     ),
-    Dashboard(
-        "nepa-throughput",
-        "NEPA: throughput and stragglers",
-        (
-            (
-                "Speed",
-                (
-                    SPEED,
-                    Panel("Tokens per second", ("tokens_per_second",)),
-                    MFU,
-                    Panel("Model operations per second", ("model_flops_total",)),
-                ),
-            ),
-            (
-                "Steps",
-                (
-                    Panel("Time per step", ("step_seconds", "step_expected_seconds")),
-                    Panel(
-                        "Time per step, quantiles",
-                        queries=tuple(
-                            (
-                                _quantile(q, "step_duration_seconds"),
-                                f"{{{{run}}}} p{round(100 * q)}",
-                            )
-                            for q in (0.5, 0.95, 0.99)
-                        ),
-                        unit="s",
-                    ),
-                    PHASES,
-                ),
-            ),
-            (
-                "Ranks",
-                (
-                    Panel(
-                        "Straggler score (slowest 10)",
-                        queries=((f"bottomk(10, nepa_straggler_score{RUN})", "{{run}} rank {{rank}}"),),
-                        unit="percentunit",
-                        when="more than one rank",
-                    ),
-                    Panel(
-                        "Computing by rank (most 10)",
-                        queries=(
-                            (
-                                f"topk(10, rate(nepa_rank_compute_seconds_total{RUN}[$__rate_interval]))",
-                                "{{run}} rank {{rank}}",
-                            ),
-                        ),
-                        unit="percentunit",
-                        when="more than one rank",
-                    ),
-                    Panel(
-                        "Waiting for data by rank (most 10)",
-                        queries=(
-                            (
-                                f"topk(10, rate(nepa_rank_data_wait_seconds_total{RUN}[$__rate_interval]))",
-                                "{{run}} rank {{rank}}",
-                            ),
-                        ),
-                        unit="percentunit",
-                        when="more than one rank",
-                    ),
-                    Panel(
-                        "Age of the oldest rank's report",
-                        queries=((f"time() - min by (run) (nepa_rank_heartbeat_timestamp_seconds{RUN})", "{{run}}"),),
-                        unit="s",
-                        when="more than one rank",
-                    ),
-                ),
-            ),
-            (
-                "Memory",
-                (
-                    Panel("Memory, worst rank", ("memory_bytes",)),
-                    Panel(
-                        "Memory by rank (most 10)",
-                        queries=((f"topk(10, nepa_rank_memory_bytes{RUN})", "{{run}} rank {{rank}}"),),
-                        unit="bytes",
-                        when="more than one rank",
-                    ),
-                    Panel("Held by the allocator", ("memory_reserved_bytes", "memory_capacity_bytes"), when="on a GPU"),
-                    Panel("Allocation retries", ("allocation_retries_total",), when="on a GPU"),
-                    Panel("Host memory", ("host_memory_bytes",)),
-                ),
-            ),
-        ),
-    ),
+    THROUGHPUT,
     Dashboard(
         "nepa-data",
         "NEPA: data",
@@ -273,7 +183,7 @@ DASHBOARDS = (
                         "Time to write, 95 %",
                         queries=(
                             (
-                                _quantile(0.95, "checkpoint_duration_seconds", "increase", "1h"),
+                                quantile(0.95, "checkpoint_duration_seconds", "increase", "1h"),
                                 "{{run}}",
                             ),
                         ),
@@ -310,7 +220,7 @@ DASHBOARDS = (
                         "Time to answer a scrape, 99 %",
                         queries=(
                             (
-                                _quantile(0.99, "scrape_seconds"),
+                                quantile(0.99, "scrape_seconds"),
                                 "{{run}}",
                             ),
                         ),

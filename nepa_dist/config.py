@@ -172,8 +172,12 @@ class MetricsConfig(Section):
     """Steps between two readings of the costly gauges: uniformity, SIGReg statistic, future leak."""
     peak_tflops: float | None = Field(None, gt=0)
     """Peak of one device that the utilisation (mfu) is a share of, 1e12 operations per second; null: by the GPU's name."""
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Trackers that get the logged steps as well: event files in the run's folder tensorboard, Weights & Biases."""
+    wandb_project: str = Field("nepa-dist", min_length=1)
+    """Where wandb puts the run."""
     prometheus: bool = True
-    """Serve the metrics over HTTP from rank 0."""
+    """Serve the metrics over HTTP: those of the run from rank 0, and of each further node its own."""
     prometheus_address: str = "127.0.0.1"
     """Address the endpoint binds to: the default keeps it on this machine."""
     prometheus_host: str | None = Field(None, min_length=1)

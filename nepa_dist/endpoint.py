@@ -1,14 +1,22 @@
-"""The metrics endpoint of a run: opened with what the configuration says, and made known in the run root."""
+"""The metrics endpoints of a run: opened with what the configuration says, and made known in the run root.
+
+Rank 0 serves the run: what is global, and the numbers of all ranks, which come to it with the loss. On each further node the
+first rank serves what it sees itself, without asking anybody, so that a node that is gone or frozen can be told from one that
+waits for it.
+"""
 
 from __future__ import annotations
 
+import ipaddress
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 from nepa_dist.config import Config
+from nepa_dist.engines.mesh import World
 from nepa_dist.metrics.discovery import Target
 from nepa_dist.metrics.exporter import PrometheusExporter, reachable_host
 from nepa_dist.run_folder import git_state, versions
@@ -27,14 +35,24 @@ class Endpoint(NamedTuple):
             self.target.close()
 
 
-def open_endpoint(config: Config, info: Mapping[str, str], build: Mapping[str, str], say: Callable[[str], None]) -> Endpoint:
+NOTHING = Endpoint(None, None, None)
+
+
+def open_endpoint(
+    config: Config,
+    info: Mapping[str, str] | None,
+    build: Mapping[str, str] | None,
+    say: Callable[[str], None],
+    node: int | None = None,
+) -> Endpoint:
     """Serve the metrics and write the file that Prometheus finds them by. What fails is said, and training goes on.
 
     Args:
         config: ``metrics.prometheus*``, the run's name and root.
-        info: labels of ``nepa_run_info``.
-        build: labels of ``nepa_build_info``.
+        info: labels of ``nepa_run_info``; None on further nodes.
+        build: labels of ``nepa_build_info``; None on further nodes.
         say: takes messages for people.
+        node: number of a further node; None for the endpoint of the run.
     """
     metrics = config.metrics
     exporter = None
@@ -60,16 +78,84 @@ def open_endpoint(config: Config, info: Mapping[str, str], build: Mapping[str, s
             say(f"{error}; using port {exporter.port} instead")
     except (OSError, UnicodeError) as error:
         say(f"no metrics endpoint: {error}; training goes on without it")
-        return Endpoint(None, None, None)
+        return NOTHING
     host = reachable_host(metrics.prometheus_address, metrics.prometheus_host)
     scheme = "http" if tls is None else "https"
     endpoint = f"{f'[{host}]' if ':' in host else host}:{exporter.port}"
     target = None
     try:
-        target = Target(Path(config.run_root), config.name, endpoint, {"task": config.task, "__scheme__": scheme})
+        labels = {"task": config.task, "__scheme__": scheme}
+        target = Target(Path(config.run_root), config.name, endpoint, labels, node)
     except OSError as error:
         say(f"Prometheus will not find this run by itself: {error}")
     return Endpoint(exporter, target, f"{scheme}://{endpoint}/metrics")
+
+
+def open_on_each_node(
+    config: Config, world: World, describe: Callable[[], tuple[Mapping[str, str], Mapping[str, str]]]
+) -> tuple[Endpoint, list[str]]:
+    """Open the endpoint of this rank, if it has one. A collective where there are several nodes.
+
+    An address of the loopback interface can be reached on its own machine alone, so with one the nodes on other machines than
+    that of rank 0 open none.
+
+    Args:
+        config: as for :func:`open_endpoint`.
+        world: the ranks.
+        describe: gives the labels of the run; called on rank 0.
+
+    Returns:
+        The endpoint, and on all ranks what the nodes had to say.
+    """
+    notes: list[str] = []
+    if not config.metrics.prometheus:
+        return NOTHING, notes
+    if config.cluster.nodes == 1:
+        return (open_endpoint(config, *describe(), notes.append) if world.is_main else NOTHING), notes
+    endpoint = NOTHING
+    host = os.uname().nodename
+    beside_main = world.gather(host)[0] == host
+    if world.is_main:
+        endpoint = open_endpoint(config, *describe(), notes.append)
+    elif world.local_rank == 0 and (beside_main or not _is_loopback(config.metrics.prometheus_address)):
+        node = world.rank // world.local_world_size
+        endpoint = open_endpoint(config, None, None, lambda note: notes.append(f"node {node}: {note}"), node)
+    return endpoint, [note for part in world.gather(notes) for note in part]
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:  # a name
+        return address == "localhost"
+
+
+def node_values(world: World, step: int, of_ranks: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """What the first rank of a node tells of it, by key.
+
+    Args:
+        world: the ranks.
+        step: steps done.
+        of_ranks: numbers of all ranks (``step_report.OF_RANKS``); empty where the step is not logged.
+    """
+    node = world.rank // world.local_world_size
+    values = {"node_step": float(step), "node_heartbeat_timestamp_seconds": time.time()}
+    if of_ranks:
+        own = slice(node * world.local_world_size, (node + 1) * world.local_world_size)
+        values["node_data_wait_seconds_total"] = max(of_ranks["data_wait_seconds"][own])
+        values["node_memory_bytes"] = max(of_ranks["memory_bytes"][own])
+        if (available := _available_memory()) is not None:
+            values["node_host_memory_available_bytes"] = available
+    return {f"{name}.{node}": value for name, value in values.items()}
+
+
+def _available_memory() -> float | None:
+    """Of this machine, in bytes, as the kernel estimates it; None where it does not."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None
 
 
 def describe_run(config: Config, restarts: int, device_name: str) -> tuple[dict[str, str], dict[str, str]]:

@@ -8,13 +8,14 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from nepa_dist import presets
 from nepa_dist.config import Config
-from nepa_dist.endpoint import Endpoint, describe_run, open_endpoint
+from nepa_dist.endpoint import describe_run, node_values, open_on_each_node
 from nepa_dist.engines.mesh import World
 from nepa_dist.memory import head_flops
 from nepa_dist.metrics.collapse import spectral_metrics
@@ -23,6 +24,7 @@ from nepa_dist.metrics.profile import peak_flops
 from nepa_dist.metrics.registry import PHASES
 from nepa_dist.metrics.sinks import ConsoleSink, JsonlSink, LogSink, Sink
 from nepa_dist.metrics.storage import StorageWatch
+from nepa_dist.metrics.trackers import open_trackers
 from nepa_dist.metrics.windows import Median, MovingAverage, SpikeRatio
 from nepa_dist.plan import Plan
 from nepa_dist.run_folder import past_starts
@@ -34,7 +36,8 @@ MAX_WAITING_ROWS = 2
 
 
 class Reporter:
-    """Turns step reports into metrics and hands them to the sinks of the main rank; other ranks report nothing.
+    """Turns step reports into metrics and hands them to the sinks of the main rank. Of the other ranks, the first one of each
+    node serves what it sees. Made by all ranks together.
 
     Args:
         config: intervals and the endpoint.
@@ -48,12 +51,13 @@ class Reporter:
         self._started, self._start_step = time.time(), state.step
         first, lost = past_starts(config.run_dir)
         self._first_started, self.lost_steps = first or self._started, 0
-        self._endpoint = Endpoint(None, None, None)
+        describe = partial(describe_run, config, state.restarts, _device_name(world.device))
+        self._endpoint, notes = open_on_each_node(config, world, describe)
         self._meter = Meter([])
         self._rows: deque[tuple[int, dict[str, float], Future[dict[str, float]] | None]] = deque()
         self._storage: StorageWatch | None = None
         if world.is_main:
-            self._open(config.run_dir)
+            self._open(config.run_dir, notes)
         self._lost_steps = lost + self.lost_steps
         self._solver = ThreadPoolExecutor(1, thread_name_prefix="eigenvalues")
         self._device = _DeviceFacts(config, world.device)
@@ -67,17 +71,15 @@ class Reporter:
         self._begin = self._last_clock = self._window_start = time.perf_counter()
         self._window_step, self._data_wait, self._data_wait_total = state.step, 0.0, 0.0
 
-    def _open(self, run_dir: Path) -> None:
+    def _open(self, run_dir: Path, notes: list[str]) -> None:
         step = self._state.step
         jsonl, console = JsonlSink(run_dir / "metrics.jsonl", step), ConsoleSink(self._plan.steps, step)
         self.lost_steps = jsonl.superseded_step - step
         sinks: list[Sink] = [jsonl, console, LogSink(run_dir / "log.txt", self._plan.steps)]
-        notes: list[str] = []
-        if self._config.metrics.prometheus:
-            info, build = describe_run(self._config, self._state.restarts, _device_name(self._world.device))
-            self._endpoint = open_endpoint(self._config, info, build, notes.append)
-        exporter = self._endpoint.exporter
-        self._meter = Meter([*sinks, *([exporter] if exporter else [])], failed=["prometheus"] if notes else [])
+        if self._endpoint.exporter is not None:
+            sinks.append(self._endpoint.exporter)
+        sinks += open_trackers(self._config, step, jsonl.superseded_step)
+        self._meter = Meter(sinks, failed=["prometheus"] if notes else [])
         for note in notes:
             self.event(note)
         mounts = {"run": run_dir} | ({"data": Path(self._config.data.source)} if self._config.data.source else {})
@@ -160,8 +162,11 @@ class Reporter:
         self._nonfinite["gradient"] += not math.isfinite(values["grad_norm"])
         clip = self._config.optim.clip_grad_norm
         self._clipped += clip is not None and values["grad_norm"] > clip
-        if self._endpoint.exporter is not None:
-            self._endpoint.exporter.beat(report.step, step_duration_seconds=seconds)
+        if (exporter := self._endpoint.exporter) is not None:
+            if self._world.is_main:
+                exporter.beat(report.step, step_duration_seconds=seconds)
+            if self._config.cluster.nodes > 1:
+                exporter.show(node_values(self._world, report.step, report.of_ranks))
 
     def log(self, report: StepReport, values: Mapping[str, float]) -> None:
         """Log one step together with what follows from the clock and the state.
@@ -288,6 +293,8 @@ class Reporter:
         if self._storage is not None:
             self._storage.close()
         self._endpoint.close()
+        if not self._world.is_main and self._endpoint.exporter is not None:
+            self._endpoint.exporter.close()  # else it is one of the sinks
         self._meter.close()
 
 

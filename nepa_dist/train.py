@@ -34,6 +34,7 @@ from nepa_dist.guard import (
 )
 from nepa_dist.intake import Intake, weighted
 from nepa_dist.keyed import keyed_seed
+from nepa_dist.metrics.trackers import tracker_problems
 from nepa_dist.online_knn import OnlineKnn, online_knn_problems
 from nepa_dist.optim import learning_rate
 from nepa_dist.plan import make_plan
@@ -84,7 +85,8 @@ def _run(config: Config, world: World, stop: StopFlag) -> int:
     container = open_split(config.data, "train", image_size=config.model.image_size)
     config = resolve_classes(config, container)
     plan = make_plan(config, len(container))
-    if config.metrics.knn_every and (problems := online_knn_problems(config, container)):
+    problems = online_knn_problems(config, container) if config.metrics.knn_every else []
+    if problems := [*problems, *tracker_problems(config.metrics.sinks)]:
         raise ConfigError(problems)
     options = config.checkpoint
     store = CheckpointStore(

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from nepa_dist.metrics.metric import NUMBERED
 from nepa_dist.metrics.registry import METRICS, SINKS, lookup, prometheus_name
 
 COLLAPSE = ("embedding_mean_cosine", "embedding_std_ratio", "embedding_effective_rank")
@@ -33,8 +34,8 @@ def test_declarations_follow_the_prometheus_conventions(metric):
     assert (metric.unit == "bytes") == base.endswith("_bytes")
     assert (metric.kind == "histogram") == bool(metric.buckets)
     assert metric.help.endswith(".")
-    assert (metric.label in (None, "rank")) == (not metric.label_values)
-    assert (metric.label == "rank") == (metric.ranks == "rank")
+    assert (metric.label in (None, *NUMBERED)) == (not metric.label_values)
+    assert (metric.label if metric.label in NUMBERED else None) == (metric.ranks if metric.ranks in NUMBERED else None)
     assert METRICS[metric.name] is metric
 
 

@@ -1,10 +1,10 @@
-"""Tells a Prometheus elsewhere where the endpoints of running jobs are: one file_sd file per run, in the run root.
+"""Tells a Prometheus elsewhere where the endpoints of running jobs are: file_sd files in the run root.
 
-``RUN_ROOT/prometheus/NAME.json`` exists while the run is there. It is replaced in one step; a restart on another node or port
-replaces it too, so a run is never two targets. It is a lease: the trainer renews its time stamp every RENEW_SECONDS and removes
-it at its end. After a kill nobody does, so whoever comes by removes files that were not renewed for LEASE_SECONDS: any trainer
-with the same run root, and ``python -m nepa_dist.metrics targets RUN_ROOT``, which runs beside Prometheus. Ages are measured
-with the file server's clock.
+``RUN_ROOT/prometheus/NAME.json`` exists while the run is there, and ``NAME@node-1.json`` and so on while its further nodes
+are. Each is replaced in one step; a restart on other nodes or ports replaces it too, so none is ever two targets. It is a
+lease: the trainer renews its time stamp every RENEW_SECONDS and removes it at its end. After a kill nobody does, so whoever
+comes by removes files that were not renewed for LEASE_SECONDS: any trainer with the same run root, and ``python -m
+nepa_dist.metrics targets RUN_ROOT``, which runs beside Prometheus. Ages are measured with the file server's clock.
 
 Imports no torch.
 """
@@ -25,21 +25,24 @@ LEASE_SECONDS = 60.0
 
 
 class Target:
-    """The lease of one run.
+    """The lease of one endpoint.
 
     Args:
         run_root: where all runs are.
         run: name of this one; the label ``run`` of the target.
         endpoint: ``host:port``.
         labels: more labels of the target.
+        node: number of the node in the run; its label ``node``. None for the endpoint of the run itself.
 
     Raises:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, run_root: Path, run: str, endpoint: str, labels: Mapping[str, str]) -> None:
-        self.path = run_root / FOLDER / f"{run}.json"
-        self._content = json.dumps([{"targets": [endpoint], "labels": {**labels, "run": run}}]) + "\n"
+    def __init__(self, run_root: Path, run: str, endpoint: str, labels: Mapping[str, str], node: int | None = None) -> None:
+        # No name of a run has an @.
+        self.path = run_root / FOLDER / (f"{run}.json" if node is None else f"{run}@node-{node}.json")
+        labels = {**labels, "run": run} if node is None else {**labels, "run": run, "node": str(node)}
+        self._content = json.dumps([{"targets": [endpoint], "labels": labels}]) + "\n"
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self.path.parent.mkdir(parents=True, exist_ok=True)

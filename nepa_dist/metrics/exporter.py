@@ -41,7 +41,7 @@ class PrometheusExporter:
         address: address to bind to; 127.0.0.1 keeps the endpoint on this machine.
         port: TCP port; 0 takes a free one, see ``port``.
         run: name of the run.
-        info: labels of ``nepa_run_info``; names are letters, digits and underscores.
+        info: labels of ``nepa_run_info``, with names of letters, digits and underscores; None: this endpoint does not have it.
         build: labels of ``nepa_build_info``.
         token: what ``Authorization: Bearer`` must say; None asks for nothing.
         tls: PEM files of a certificate and its key (None: in the same file), to serve HTTPS; None: HTTP.
@@ -56,7 +56,7 @@ class PrometheusExporter:
         self,
         address: str,
         port: int,
-        info: Mapping[str, str],
+        info: Mapping[str, str] | None,
         *,
         run: str = "",
         build: Mapping[str, str] | None = None,
@@ -67,7 +67,8 @@ class PrometheusExporter:
         if tls is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(*tls)
-        self._values = _Values(run, {"run_info": info, **({"build_info": build} if build else {})})
+        infos = {"run_info": info, "build_info": build or None}
+        self._values = _Values(run, {name: labels for name, labels in infos.items() if labels is not None})
         try:
             self._server = _Server((address, port), self._values, token, context)
         except OSError as error:
@@ -85,6 +86,10 @@ class PrometheusExporter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Replace the values of these keys; the others keep theirs."""
         self._values.update({**values, "step": step, "last_step_timestamp_seconds": time.time()})
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Replace the values of these keys and nothing else."""
+        self._values.update(values)
 
     def beat(self, step: int, **durations: float) -> None:
         """Say that a step is over.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from nepa_dist.metrics import registry
+from nepa_dist.metrics.metric import NUMBERED
 from nepa_dist.metrics.sinks import Sink
 
 MAX_CONSECUTIVE_FAILURES = 10
@@ -42,7 +43,7 @@ class Meter:
         self._failures |= dict.fromkeys(failed, 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Pass the values of one step to every sink; those of single ranks go to the endpoint alone.
+        """Pass the values of one step to every sink; those of single ranks and nodes go to the endpoint alone.
 
         Args:
             step: optimizer steps done.
@@ -57,7 +58,7 @@ class Meter:
         changed = {name: count for name, count in self._failures.items() if self._reported.get(name) != count}
         row |= {_failure_key(name): float(count) for name, count in changed.items()}
         self._reported |= changed
-        of_run = {key: value for key, value in row.items() if registry.lookup(key)[0].label != "rank"}
+        of_run = {key: value for key, value in row.items() if registry.lookup(key)[0].label not in NUMBERED}
         for sink in self._working():
             if self._try(sink, partial(sink.write, step, row if sink.name == "prometheus" else of_run)):
                 self._consecutive[sink.name] = 0

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["counter", "gauge", "histogram", "info"]
-Ranks = Literal["run", "mean", "max", "sum", "main", "rank"]
+Ranks = Literal["run", "mean", "max", "sum", "main", "rank", "node"]
+NUMBERED = ("rank", "node")
+"""Labels whose values are numbers."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +21,9 @@ class Metric:
         unit: seconds, bytes, steps, images ...; ratio for a share or a cosine; empty if it has none.
         help: what the number is, with its formula or source.
         label: name of the label, or None.
-        label_values: all values that the label can take; none for ``rank``, whose values are numbers.
-        ranks: how it comes from the ranks: a fact of the whole run, their mean, maximum or sum, the main rank's own, or each
-            rank's.
+        label_values: all values that the label can take; none for those whose values are numbers.
+        ranks: how it comes from the ranks: a fact of the whole run, their mean, maximum or sum, the main rank's own, each
+            rank's, or each node's.
         buckets: upper ends of a histogram's buckets.
         when: in which runs it exists, if not in all.
     """
@@ -38,7 +40,7 @@ class Metric:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys that this metric has in log lines; those of a family by rank are not listed."""
-        if self.label == "rank" or self.kind == "info":
+        """The keys that this metric has in log lines; those of a family by rank or node are not listed."""
+        if self.label in NUMBERED or self.kind == "info":
             return ()
         return tuple(f"{self.name}.{value}" for value in self.label_values) if self.label else (self.name,)

@@ -14,11 +14,11 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from nepa_dist.metrics.metric import Kind, Metric
+from nepa_dist.metrics.metric import NUMBERED, Kind, Metric
 
 TENSORS = ("target", "pred", "pooled")
 """Which embeddings a collapse metric describes: the targets, the predictions of them, or the mean prediction of each image."""
-SINKS = ("jsonl", "console", "log", "prometheus")
+SINKS = ("jsonl", "console", "log", "prometheus", "tensorboard", "wandb")
 """Names of all places that metrics are written to."""
 GROUPS = ("embed", "attn", "mlp", "norm", "head")
 """Parts of the parameters; norm holds LayerScale too."""
@@ -50,6 +50,10 @@ def _collapse(name: str, unit: str, help: str, *, tensors: tuple[str, ...] = TEN
 
 def _rank(name: str, kind: Kind, unit: str, help: str) -> Metric:
     return Metric(name, kind, unit, help, "rank", ranks="rank", when="more than one rank")
+
+
+def _node(name: str, kind: Kind, unit: str, help: str) -> Metric:
+    return Metric(name, kind, unit, help, "node", ranks="node", when="more than one node")
 
 
 _CUDA = "on a GPU"
@@ -168,6 +172,11 @@ _TABLE = (
         "ratio",
         "Median over ranks of own time (compute and data) / this rank's, at most 1: 0.5 is half as fast.",
     ),
+    _node("node_step", "gauge", "steps", "Optimizer steps that the first rank of a node has seen done."),
+    _node("node_heartbeat_timestamp_seconds", "gauge", "seconds", "Unix time of the newest of them, by the node's clock."),
+    _node("node_data_wait_seconds_total", "counter", "seconds", "Time that the rank of a node that waits most stood still."),
+    _node("node_memory_bytes", "gauge", "bytes", "Like memory_bytes, of the node's rank that has most."),
+    _node("node_host_memory_available_bytes", "gauge", "bytes", "Memory of a node that processes can still take."),
     # Data, disks and checkpoints
     _counter("bad_samples_total", "images", "Different images that could not be read and were replaced.", ranks="sum"),
     _gauge("checkpoint_seconds", "seconds", "Time that writing the newest checkpoint took, beside training.", ranks="main"),
@@ -274,7 +283,7 @@ def lookup(key: str) -> tuple[Metric, str | None]:
     """
     name, dot, value = key.partition(".")
     metric = METRICS.get(name)
-    if metric is not None and (key in metric.keys or (metric.label == "rank" and value.isdecimal())):
+    if metric is not None and (key in metric.keys or (metric.label in NUMBERED and value.isdecimal())):
         return metric, value if dot else None
     known = [known_key for metric in METRICS.values() for known_key in metric.keys]
     match = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(name, known, n=1)
