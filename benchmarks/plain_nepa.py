@@ -2,7 +2,7 @@
 
 The same function as the project's model with none of its arrangements: query, key and value are three linear layers, gate and
 up two; RoPE tables are made in every forward, and each layer splits CLS off, rotates the rest and joins them again; all 257
-tokens are fed; nothing is compiled. Parameters have the released names, so ``nepa_dist.official.to_official`` gives its weights.
+tokens are fed; nothing is compiled. Parameters have the released names: ``nepa_dist.official.to_official`` gives its weights.
 
 Legend: B batch, T tokens, D width, H heads, K head width.
 """
