@@ -50,6 +50,8 @@ def plain_model(config: Config) -> PlainNepa:
 
 def loss_difference(config: Config, images: Tensor) -> float:
     """Largest difference of the losses of ours and plain, same weights, fp32, without the random rescale of RoPE."""
+    # Blocks that count: LayerScale begins at 1e-5, which would hide a difference between them.
+    config = config.model_copy(update={"model": config.model.model_copy(update={"layer_scale_init": 0.5})})
     task = PretrainTask(config.model, config.objective, seed=config.seed).to(images.device).eval()
     plain = plain_model(config).to(images.device).eval()
     with torch.no_grad():

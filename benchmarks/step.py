@@ -139,11 +139,10 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         settings = {"name": engine, "precision": precision, "compile": _SWITCH[compiled], "attention": attention}
         config = make_config(args.model, batch, world.world_size, device=args.device, **settings)
         size = config.model.image_size
-        images = (
-            random_images(batch, size, world.device)
-            if kind == "random"
-            else natural_images(args.data, batch, size, world.device)
-        )
+        if kind == "random":
+            images = random_images(batch, size, world.device)
+        else:
+            images = natural_images(args.data, batch, size, world.device)
         configs[name] = config
         arms.append(project_arm(name, config, images, world.device))
     dtype = torch.float32 if set(args.precision) == {"fp32"} else torch.bfloat16
@@ -184,9 +183,9 @@ def to_markdown(report: dict[str, Any]) -> str:
         "",
         f"    {report['command']}",
         "",
-        f"Commit {about['commit']}; Python {about['python']}, torch {about['versions']['torch']}; {report['world_size']} ranks, "
-        f"{about['cores']} cores, {about['threads']} threads, load {about['load_at_start']} at the start. Arms interleaved round "
-        "by round; median (lowest - highest).",
+        f"Commit {about['commit']}; Python {about['python']}, torch {about['versions']['torch']}; {report['world_size']} "
+        f"ranks, {about['cores']} cores, {about['threads']} threads, load {about['load_at_start']} at the start. Arms "
+        "interleaved round by round; median (lowest - highest).",
         "",
         f"Matrix products in the same rounds: {rate['median']:.3f} TFLOP/s ({rate['low']:.3f} - {rate['high']:.3f}).",
         "",
