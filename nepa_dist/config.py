@@ -103,6 +103,9 @@ class EngineConfig(Section):
     matrix products and of attention."""
     compile: bool = False
     """torch.compile each block: the first step takes a minute, the others are faster."""
+    attention: Literal["auto", "sdpa", "dense", "flash", "efficient", "cudnn", "fa3"] = "auto"
+    """Implementation of attention. auto: on a GPU sdpa, on a CPU dense up to 512 tokens. sdpa: torch's own choice. dense: the
+    scores are stored. flash, efficient, cudnn: that kernel of torch, or an error. fa3: FlashAttention-3, if it is installed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
     """Only deterministic kernels on a GPU, slower; CPUs are deterministic as they are."""

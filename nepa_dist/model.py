@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nepa_dist.attention import Attend, sdpa
 from nepa_dist.config import ModelConfig
 from nepa_dist.keyed import keyed_seed
 
@@ -91,6 +92,7 @@ class Attention(nn.Module):
             self.q_norm = nn.LayerNorm(K, config.norm_eps, elementwise_affine=config.qk_norm_affine, bias=False)
             self.k_norm = nn.LayerNorm(K, config.norm_eps, elementwise_affine=config.qk_norm_affine, bias=False)
         self.proj = nn.Linear(D, D)
+        self.attend: Attend = sdpa
 
     def heads(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normalised and rotated, and values of x [B, T, D], each [B, H, T, K]."""
@@ -105,7 +107,7 @@ class Attention(nn.Module):
         B, T, D = x.shape
         q, k, v = self.heads(x, rotary)
         # Norm and rotation run in fp32 under autocast; attention takes one dtype.
-        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=causal)
+        y = self.attend(q.to(v.dtype), k.to(v.dtype), v, causal)
         out: Tensor = self.proj(y.transpose(1, 2).reshape(B, T, D))
         return out
 
@@ -171,7 +173,9 @@ class Block(nn.Module):
         if not self.training or self.drop_path == 0:
             return branch
         keep = 1 - self.drop_path
-        return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(keep) / keep
+        # A comparison and not bernoulli_(keep): a compiler would take the rate for a constant, and compile each block anew.
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) < keep
+        return branch * kept / keep
 
 
 class VisionTransformer(nn.Module):
@@ -229,7 +233,7 @@ class VisionTransformer(nn.Module):
         else:
             x = x + self._positions(grid)
         if drop_last:
-            x = x[:, :-1]
+            x = x[:, :-1].contiguous()  # as every block's input is: else the first one would be compiled by itself
             rotary = rotary and Rotary(rotary.cos[:-1], rotary.sin[:-1])
         outputs = {}
         for index, block in enumerate(self.blocks):

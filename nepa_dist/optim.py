@@ -120,10 +120,29 @@ class AdamWEMA(torch.optim.AdamW):
         if self.ema_decay is None or not moved:
             return loss
         states = [self.state[parameter] for parameter in moved]
-        # Each parameter has its own step count: an engine may call this for a part of the parameters at a time.
-        steps = torch.stack([state["step"] for state in states])
-        weights = torch.where((steps <= 1) & (not self.keep_average), 1.0, 1 - self.ema_decay)
-        if self.found_inf is not None:
-            weights = weights * (1 - self.found_inf)
-        torch._foreach_lerp_([state["ema"] for state in states], moved, list(weights.unbind()))
+        # An engine may call this for a part of the parameters at a time; those of one call have made equally many steps.
+        steps = torch.stack([state["step"] for state in states]).amax()
+        weight = torch.where((steps <= 1) & (not self.keep_average), 1.0, 1 - self.ema_decay)
+        _lerp_([state["ema"] for state in states], moved, weight, self.found_inf)
         return loss
+
+
+def _lerp_(averages: list[Tensor], parameters: list[Tensor], weight: Tensor, found_inf: Tensor | None) -> None:
+    """``average += weight * (parameter - average)`` for all of them in one kernel, unless ``found_inf`` is 1.
+
+    The weight (0-d) stays on the device. torch's own foreach lerp takes a weight from there for one tensor at a time, a kernel
+    each. Its fused SGD does not: with the average as weight that decays, and the parameter as gradient to ascend, it is this.
+    """
+    torch._fused_sgd_(
+        averages,
+        parameters,
+        [],
+        weight_decay=1.0,
+        momentum=0.0,
+        lr=weight,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+        found_inf=found_inf,
+    )

@@ -83,7 +83,7 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path: Path) -> None:
             "nepa_dist/model.py",
             "import torch\nimport nepa_dist.train\n",
             2,
-            "model must not import train; it may import config",
+            "model must not import train; it may import attention, config",
         ),
         ("nepa_dist/model.py", "def f():\n    from nepa_dist import train\n", 2, "model must not import train"),
         ("nepa_dist/tasks/base.py", "from ..engines import zero\n", 1, "tasks must not import engines.zero"),

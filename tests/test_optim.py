@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nepa_dist.config import Config, OptimConfig
 from nepa_dist.optim import AdamWEMA, learning_rate, param_groups
@@ -127,3 +128,33 @@ def test_without_a_decay_no_average_is_kept():
     module, optimizer = make(ema_decay=None)
     list(train(optimizer, module, 1))
     assert all(set(optimizer.state[p]) == {"step", "exp_avg", "exp_avg_sq"} for p in module.parameters())
+
+
+def test_all_averages_move_in_one_kernel_and_the_host_reads_nothing():
+    class Calls(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    module, optimizer = make()
+    module(torch.ones(8, 4)).mean().backward()
+    optimizer.found_inf = torch.zeros(())
+    with Calls() as calls:
+        optimizer.step()
+    assert calls.names.count("_fused_adamw_") == len(optimizer.param_groups) == 2
+    assert calls.names.count("_fused_sgd_") == 1
+    assert not {"lerp_", "_foreach_lerp_", "_local_scalar_dense"} & set(calls.names)
+
+
+def test_an_average_that_was_loaded_goes_on_from_there():
+    module, optimizer = make(ema_decay=0.75)
+    optimizer.keep_average = True
+    for parameter in module.parameters():
+        optimizer.state[parameter]["ema"].fill_(2.0)
+    (weights,) = train(optimizer, module, 1)
+    for weight, parameter in zip(weights, module.parameters(), strict=True):
+        torch.testing.assert_close(optimizer.state[parameter]["ema"], 1.5 + 0.25 * weight)

@@ -39,7 +39,7 @@ class NativeEngine(ABC):
 
     def __init__(self, task: Task, config: Config, plan: Plan, device: torch.device) -> None:
         self._task = task.to(device)
-        prepare(self._task, config.engine)
+        prepare(self._task, config.engine, device)
         self._device = device
         self._accum = plan.grad_accum_steps
         self._clip = config.optim.clip_grad_norm

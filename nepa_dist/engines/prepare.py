@@ -1,7 +1,7 @@
-"""Activation checkpointing and compilation, applied to the blocks of a backbone in one fixed order for every engine.
+"""Attention, activation checkpointing and compilation, applied to the blocks of a backbone in one order for every engine.
 
-The order is checkpoint, compile, shard. A block keeps its class and its parameters keep their names: only the function behind
-``block(...)`` is replaced, so the hooks of an engine stay outside of what is compiled or computed again.
+The order is attention, checkpoint, compile, shard. A block keeps its class and its parameters keep their names: only the
+function behind ``block(...)`` is replaced, so the hooks of an engine stay outside of what is compiled or computed again.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from nepa_dist.config import EngineConfig
+from nepa_dist.attention import choose_attention
+from nepa_dist.config import ConfigError, EngineConfig
+
+if TYPE_CHECKING:
+    from nepa_dist.tasks.base import Task
 
 _aten = torch.ops.aten
 KEPT = {
@@ -31,21 +34,33 @@ KEPT = {
 """Operations whose results selective checkpointing keeps: they take the time, the rest takes the memory."""
 
 
-def prepare(task: nn.Module, config: EngineConfig) -> None:
-    """Wrap the forward of every block of ``task.backbone`` in place.
+def prepare(task: Task, config: EngineConfig, device: torch.device) -> None:
+    """Choose the attention of ``task.backbone``, wrap the forward of every block and compile the task's loss, in place.
 
     Args:
         task: the module to train.
-        config: ``activation_checkpointing`` and ``compile``.
+        config: ``attention``, ``activation_checkpointing`` and ``compile``.
+        device: where it will run.
+
+    Raises:
+        ConfigError: the device does not have this attention.
     """
-    for block in task.get_submodule("backbone.blocks").children():
+    try:
+        attend = choose_attention(config.attention, device)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    for block in cast(Any, task.backbone.blocks):
+        block.attn.attend = attend
         forward: Callable[..., Any] = block.forward
         if config.activation_checkpointing != "none":
             forward = _checkpointed(forward, selective=config.activation_checkpointing == "selective")
         if config.compile:
-            forward = torch.compile(forward)
+            # A part that cannot be compiled is an error: run in between, it would cost more than compiling saves.
+            forward = torch.compile(forward, fullgraph=True)
         if forward is not block.forward:
             block.forward = forward
+    if config.compile:
+        task.compile_loss()
 
 
 def _checkpointed(forward: Callable[..., Any], *, selective: bool) -> Callable[..., Any]:

@@ -86,7 +86,7 @@ class ZeroEngine:
 
     def __init__(self, task: Task, config: Config, plan: Plan, device: torch.device) -> None:
         check_version()
-        prepare(task, config.engine)
+        prepare(task, config.engine, device)
         self._task = task
         self._device = device
         self._accum = plan.grad_accum_steps

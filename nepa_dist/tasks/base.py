@@ -87,6 +87,9 @@ class Task(nn.Module, ABC):
             scale = float(self.backbone.rope_scale_from(uniform))
             self.rope_scale = torch.full((), scale, device=self.backbone.cls_token.device)
 
+    def compile_loss(self) -> None:
+        """Compile what follows the last block, where that saves much; called once, before training."""
+
     def prepare(self, batch: dict[str, Tensor], *, step: int, micro_batch: int) -> dict[str, Tensor]:
         """Change a training micro-batch on the device before the forward, as mixup does.
 

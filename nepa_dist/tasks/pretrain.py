@@ -96,6 +96,11 @@ class PretrainTask(Task):
         self._observe = False
         self._observed: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._draw_directions(0, torch.device("cpu"))
+        self._loss = next_embedding_loss
+
+    def compile_loss(self) -> None:
+        """As one kernel each way the loss keeps no fp32 copies of predictions and targets [B, T, D]."""
+        self._loss = torch.compile(next_embedding_loss, fullgraph=True)
 
     def begin_step(self, step: int, *, observe: bool) -> None:
         """See :meth:`Task.begin_step`."""
@@ -117,7 +122,7 @@ class PretrainTask(Task):
         embed, hidden = features.embed, features.hidden
         if self.looked_into:
             return hidden.new_zeros(()), {"hidden": hidden}
-        loss = next_embedding_loss(hidden, embed, shift=objective.shift, stop_grad=objective.stop_grad)
+        loss = self._loss(hidden, embed, shift=objective.shift, stop_grad=objective.stop_grad)
         logs = {}
         if objective.anti_collapse != "none":
             penalty = self._anti_collapse(embed[:, 1:].flatten(0, 1))

@@ -1,0 +1,108 @@
+"""The benchmarks of the step: short runs end in reports, and what they compare with is the same model."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import reference, step
+from benchmarks.plain_nepa import PlainNepa
+from benchmarks.rounds import KINDS, kind_of, ratio
+from nepa_dist.presets import PRESETS
+
+SMALL = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+SHORT = ["--batch", "2", "--rounds", "2", "--warmup", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def small_model(monkeypatch):
+    gelu = {"gated_mlp": False, "activation": "gelu", "layer_scale_init": 0.5}
+    monkeypatch.setitem(PRESETS, "vit_b_gelu", SMALL | gelu)
+    monkeypatch.setitem(PRESETS, "vit_l_gelu", SMALL | gelu | {"qk_norm_affine": True})
+    monkeypatch.setitem(PRESETS, "vit_b", SMALL | {"layer_scale_init": 0.5})
+
+
+def read(folder, pattern):
+    (path,) = folder.glob(f"{pattern}.json")
+    return json.loads(path.read_text()), path.with_suffix(".md").read_text()
+
+
+def test_a_run_of_the_step_writes_a_report(small_model, tmp_path):
+    words = ["--model", "vit_b_gelu", "--compile", "off", "--attention", "auto", "sdpa", "--precision", "fp32", *SHORT]
+    assert step.main([*words, "--out", str(tmp_path)]) == 0
+    report, text = read(tmp_path, "step_vit_b_gelu_*core_20*")
+    first, second = report["arms"].values()
+    for row in (first, second):
+        assert 0 < row["images_per_second"]["low"] <= row["images_per_second"]["median"] <= row["images_per_second"]["high"]
+        assert 0 < row["mfu"]["causal"] < row["mfu"]["full"]
+        assert set(row["seconds_by_kind"]) == set(KINDS)
+        assert row["seconds_by_kind"]["matmul"] > 0
+        assert row["seconds_by_kind"]["optimizer"] > 0
+    assert len(report["ratios"]) == 1
+    assert report["machine"]["commit"]
+    assert text == step.to_markdown(report)
+    assert "ddp fp32 eager sdpa batch 2 random" in text
+
+
+def test_natural_images_come_from_a_folder(small_model, tiny_images, tmp_path):
+    natural = step.natural_images(tiny_images, 20, 32, torch.device("cpu"))
+    assert natural.shape == (20, 3, 32, 32)
+    assert -1 <= natural.min() < natural.max() <= 1
+    assert torch.equal(natural[0], natural[12])  # 12 images, repeated
+    with pytest.raises(SystemExit):
+        step.main(["--images", "natural", *SHORT])
+    words = ["--model", "vit_b", "--compile", "off", "--images", "natural", "--data", str(tiny_images), *SHORT]
+    assert step.main([*words, "--out", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("model", ["vit_b", "vit_b_gelu", "vit_l_gelu"])
+def test_the_plain_implementation_is_the_same_function(small_model, model):
+    config = step.make_config(model, 2, 1)
+    assert reference.loss_difference(config, step.random_images(3, 32, torch.device("cpu"))) < 1e-6
+    assert isinstance(reference.plain_model(config), PlainNepa)
+
+
+def make_other(config):
+    return PlainNepa(config.model)
+
+
+def test_the_comparison_names_what_is_missing_and_takes_others(small_model, tmp_path, monkeypatch):
+    def missing(_):
+        raise ImportError("No module named 'stable_pretraining'")
+
+    monkeypatch.setattr(reference, "stable_model", missing)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    words = ["--precision", "fp32", "--eager", "--other", "test_bench_step:make_other", *SHORT]
+    assert reference.main([*words, "--out", str(tmp_path)]) == 0
+    report, text = read(tmp_path, "reference_vit_b_gelu_*core_20*")
+    table = report["precisions"]["fp32"]
+    assert list(table["arms"]) == ["ours", "ours eager", "plain", "test_bench_step:make_other"]
+    assert "pip install stable-pretraining==0.1.8" in table["failed"]["stable"]
+    assert table["arms"]["ours"]["ratio"]["median"] == 1
+    assert report["loss_difference"] < reference.TOLERANCE
+    assert text == reference.to_markdown(report)
+
+
+def test_ratios_are_taken_within_rounds():
+    seconds = {"ours": [1.0, 2.0, 4.0], "theirs": [2.0, 6.0, 4.0]}
+    assert ratio(seconds, "ours", "theirs") == {"median": 2.0, "low": 1.0, "high": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("aten::addmm", "matmul"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT", "matmul"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "matmul"),
+        ("aten::mkldnn_convolution", "matmul"),
+        ("aten::bmm", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma", "attention"),
+        ("triton_per_fused_native_layer_norm_mul_0", "elementwise"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("aten::_fused_sgd_", "optimizer"),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "communication"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(name, kind):
+    assert kind_of(name) == kind

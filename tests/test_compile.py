@@ -1,0 +1,81 @@
+"""Compilation: every preset and task is compiled whole, without a break, and without a graph of its own for each block."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from nepa_dist.config import Config
+from nepa_dist.engines.prepare import prepare
+from nepa_dist.presets import PRESETS
+from nepa_dist.tasks.base import build_task
+
+SMALL = {"embed_dim": 16, "num_heads": 2, "image_size": 32, "patch_size": 8}
+BATCH = {
+    "images": torch.randn(2, 3, 32, 32),
+    "targets": torch.full((2, 5), 0.2),
+    "masks": torch.zeros(2, 32, 32, dtype=torch.uint8),
+}
+
+
+def compiled_task(monkeypatch, backend, task, model, **engine):
+    config = Config.model_validate(
+        {
+            "task": task,
+            "model": SMALL | model,
+            "finetune": {"num_classes": 5},
+            "segment": {"num_classes": 5, "channels": 8, "aux_channels": 8},
+            "engine": {"compile": True, **engine},
+        }
+    )
+    compile_ = torch.compile
+    module = build_task(config).train()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=backend, **options))
+        prepare(module, config.engine, torch.device("cpu"))
+    return module
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("task", ["pretrain", "finetune", "segment"])
+def test_no_graph_breaks_and_few_graphs(monkeypatch, task, preset, precision):
+    backend = CompileCounterWithBackend("eager")
+    model = {"preset": preset} | ({"drop_path": 0.2} if task != "pretrain" else {})
+    module = compiled_task(monkeypatch, backend, task, model)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss, _ = module(BATCH)
+        loss.backward()
+    assert not counters["graph_break"]
+    # Pretraining: a block and the loss. The others: the first block drops no paths, all others share one graph at their rates.
+    assert backend.frame_count == 2
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_graph_break_is_an_error(monkeypatch):
+    module = compiled_task(monkeypatch, "eager", "pretrain", {"depth": 1})
+    attention = module.backbone.blocks[0].attn
+    attention.attend = lambda q, k, v, causal: torch._dynamo.graph_break() or v
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        module(BATCH)
+
+
+def test_drop_path_drops_whole_branches_at_its_rate():
+    config = Config.model_validate({"model": SMALL | {"depth": 2, "drop_path": 0.25}})
+    block = build_task(config).train().backbone.blocks[1]
+    torch.manual_seed(0)
+    branch = block._drop(torch.ones(4000, 3, 2))
+    values = branch[:, 0, 0]
+    assert torch.equal(branch, values[:, None, None].expand_as(branch))
+    torch.testing.assert_close(values.unique(), torch.tensor([0.0, 1 / 0.75]))
+    assert values.mean() == pytest.approx(1.0, abs=0.03)
+    assert torch.equal(block.eval()._drop(torch.ones(4, 3, 2)), torch.ones(4, 3, 2))
