@@ -40,6 +40,7 @@ begin() {
   mkdir -p "$job" "$run/logs" # srun makes no folders
   trap : TERM USR1 USR2 # the ranks get the signals too, and this script waits for what they make of them
   log_start=$(($(stat -c %s "$log" 2>/dev/null || echo 0) + 1))
+  rank_start=$(($(stat -c %s "$run/logs/rank-0.txt" 2>/dev/null || echo 0) + 1))
   lost=$(tail -n 1 "$job/attempts.jsonl" 2>/dev/null | sed -n 's/^{"event": "start".*"job": "\([0-9]*\)".*/\1/p')
   [ -z "$lost" ] || note lost why "$(json "$(state_of_lost "$lost")")"
   rm -f "$job/outcome.json"
@@ -84,7 +85,11 @@ end() {
   trap '' TERM USR1 USR2 # a trap does not hold in what this function calls, and SLURM may be ending the job already
   messages=$(tail -c "+$log_start" "$log")
   reason=$(why "$code" "$messages")
-  detail=$(grep -m 1 'srun: error: ' <<<"$messages")
+  if [ "$reason" = stopped ]; then
+    detail=$(tail -c "+$rank_start" "$run/logs/rank-0.txt" 2>/dev/null | grep -o 'stopped by SIG[A-Z0-9]*' | tail -n 1)
+  else
+    detail=$(grep -m 1 'srun: error: ' <<<"$messages")
+  fi
   step=$(newest_checkpoint)
   [ "$step" != "$step_before" ] || stalled=$(($(cat "$job/stalled" 2>/dev/null || echo 0) + 1))
   echo "$stalled" >"$job/stalled"
@@ -93,6 +98,7 @@ end() {
     *) [ -e "$job/hold" ] || [ "$stalled" -gt "$max_stalled" ] || again=true ;;
   esac
   note end code "$code" why "$(json "$reason")" again "$again" stalled "$stalled" checkpoint "$(json "$step")" detail "$(json "$detail")"
+  [ "$reason" = stopped ] && reason=${detail:-stopped}
   echo "--- $(date -u +%FT%TZ) $reason (exit code $code), newest checkpoint ${step:-none}"
   if [ "$again" = true ]; then
     # Where a node has failed, SLURM may have queued it again by itself.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,7 +126,7 @@ def _look_at(folder: Path, number: str, queue: Mapping[str, QueueEntry], over: M
     record, outcome = attempts(folder), read_outcome(folder)
     starts = sum(row.get("event") == "start" for row in record)
     ends = [row for row in record if row.get("event") in ("end", "lost")]
-    last = str(ends[-1].get("why", "")) if ends else ""
+    last = _reason(ends[-1]) if ends else ""
     if number in queue:
         entry = queue[number]
         if entry.state == "RUNNING":
@@ -139,14 +140,26 @@ def _look_at(folder: Path, number: str, queue: Mapping[str, QueueEntry], over: M
     elif outcome is not None and outcome.kind == "finished":
         state = "finished"
     elif record and record[-1].get("event") == "end":
-        state = f"ended: {last}" + _detail(outcome.detail if outcome else str(record[-1].get("detail", "")))
+        more = outcome.detail if outcome else str(record[-1].get("detail", ""))
+        state = f"ended: {last}" + ("" if more == last else _detail(more))
     elif number in over:
-        state = f"ended: {over[number].lower().replace('_', ' ')}"
+        state = f"ended: {_in_words(over[number])}"
     elif outcome is not None:
         state = f"ended: {outcome.kind}{_detail(outcome.detail)}"
     else:
         state = "killed" if read_progress(folder).step is not None else "not started"
     return Run(folder, state, number, starts or read_progress(folder).restarts + (outcome is not None))
+
+
+def _reason(row: Mapping[str, object]) -> str:
+    """How a start ended; a stop says by which signal."""
+    why, detail = str(row.get("why", "")), str(row.get("detail", ""))
+    return detail if why == "stopped" and detail else _in_words(why)
+
+
+def _in_words(state: str) -> str:
+    """A state of SLURM such as NODE_FAIL in small letters; another text as it is."""
+    return state.lower().replace("_", " ") if re.fullmatch("[A-Z_]+", state) else state
 
 
 def _detail(text: str) -> str:

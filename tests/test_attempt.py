@@ -147,6 +147,16 @@ def test_a_start_that_ended_without_a_word_gets_the_reason_from_the_accounting(j
     ]
 
 
+def test_what_stopped_a_run_is_noted(job: Job) -> None:
+    """A preemption, and the warning before a time limit, are told apart by their signals."""
+    for name in ("SIGTERM", "SIGUSR2"):
+        job.attempt(0, f"echo 'stopped by {name}; step 7 is saved, ...' >>\"$run/logs/rank-0.txt\"", "stopped")
+        assert (job.record[-1]["why"], job.record[-1]["detail"]) == ("stopped", f"stopped by {name}")
+        assert f"stopped by {name} (exit code 0)" in (job.run / "logs" / "job-7.txt").read_text()
+    job.attempt(0, outcome="stopped")
+    assert job.record[-1]["detail"] == "", "what it says is of the start before"
+
+
 def test_a_run_that_is_held_does_not_come_back(job: Job) -> None:
     assert job.attempt(0, 'touch "$job/hold"', "stopped") == 75
     assert not job.came_back

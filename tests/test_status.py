@@ -81,6 +81,9 @@ def test_each_state_is_told(desk: Path, capsys: pytest.CaptureFixture[str]) -> N
     make_run("a-running", job="41", step=40, record=[START, AGAIN, START])
     make_run("b-waiting", job="42")
     make_run("c-back", job="42", step=7, record=[START, AGAIN])
+    stopped = {"event": "end", "why": "stopped", "detail": "stopped by SIGUSR2", "again": True}
+    make_run("c-limit", job="41", step=7, record=[START, stopped, START])
+    make_run("c-lost", job="41", step=7, record=[START, {"event": "lost", "why": "NODE_FAIL"}, START])
     make_run("d-finished", job="39", step=100, outcome="finished", record=[START, {"event": "end", "why": "finished"}])
     make_run("e-mistake", job="39", outcome="mistake", record=[START, {"event": "end", "why": "mistake"}])
     make_run("f-node", job="40", step=3, record=[START])
@@ -101,6 +104,8 @@ def test_each_state_is_told(desk: Path, capsys: pytest.CaptureFixture[str]) -> N
     ]
     assert rows["b-waiting"][0] == "waiting (Priority)"
     assert rows["c-back"][0] == "comes back after killed by SIGKILL (pending: Priority)"
+    assert rows["c-limit"][0] == "running on node[1-2] after stopped by SIGUSR2"
+    assert rows["c-lost"][0] == "running on node[1-2] after node fail"
     assert rows["d-finished"][0] == "finished"
     assert rows["e-mistake"][0] == "ended: mistake (the reason)"
     assert rows["f-node"][0] == "ended: node fail"
