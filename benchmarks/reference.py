@@ -194,8 +194,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         "",
         f"Commit {about['commit']}; Python {about['python']}, {versions}; {about['cores']} cores, {about['threads']} threads, "
         f"load {about['load_at_start']} at the start. Forward, backward, clip, update of {report['batch']} images "
-        f"({report['images']}) in one process, interleaved round by round; median (lowest - highest). The ratio is taken within "
-        "each round.",
+        f"({report['images']}) in one process, interleaved round by round; median (lowest - highest). The ratio is taken "
+        "within each round.",
         "",
         f"Ours and plain, same weights, fp32: the losses differ by {report['loss_difference']:.1g}.",
     ]

@@ -1,11 +1,16 @@
 """From a batch on the host to tensors on the device. Pixels cross as bytes, a quarter of their size as floats.
 
+On a GPU copies and normalisation have a stream of their own. The trainer asks for the next batch while the last step is still
+being computed, so they run beside that step: the batch in use and the one on its way are the two buffers.
+
 Suffix letters: B samples, H and W height and width in pixels.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -31,6 +36,9 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 def to_device(batch: Batch, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Tensor]:
     """Move a batch to the device, normalise it there and paint what is erased; pinned memory is copied without waiting.
 
+    On a GPU all of it runs in a side stream. What the current stream is given next waits for it, what it was given before does
+    not.
+
     Args:
         batch: from a loader.
         device: where the model is.
@@ -40,12 +48,42 @@ def to_device(batch: Batch, device: torch.device, mean: tuple[float, ...], std: 
         images float32 [B, 3, H, W], labels int64 [B], ids int64 [B], and masks uint8 [B, H, W] if the batch has them.
     """
     pinned = batch.images.is_pinned()
-    images, labels, ids = (tensor.to(device, non_blocking=pinned) for tensor in (batch.images, batch.labels, batch.ids))
-    pixels = normalize(images, mean, std)
-    if batch.erasings is not None:
-        erase(pixels, batch.erasings)
-    moved = {"images": pixels, "labels": labels, "ids": ids}
-    return moved if batch.masks is None else moved | {"masks": batch.masks.to(device, non_blocking=pinned)}
+    side = side_stream(device)
+    with nullcontext() if side is None else side.entered():
+        images, labels, ids = (tensor.to(device, non_blocking=pinned) for tensor in (batch.images, batch.labels, batch.ids))
+        pixels = normalize(images, mean, std)
+        if batch.erasings is not None:
+            erase(pixels, batch.erasings)
+        moved = {"images": pixels, "labels": labels, "ids": ids}
+        if batch.masks is not None:
+            moved["masks"] = batch.masks.to(device, non_blocking=pinned)
+    if side is not None:
+        side.hand_over(moved.values())
+    return moved
+
+
+class SideStream:
+    """A stream of a GPU beside the one that computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def entered(self) -> AbstractContextManager[object]:
+        """What is started in this context runs in the side stream."""
+        return torch.cuda.stream(self._stream)
+
+    def hand_over(self, tensors: Iterable[Tensor]) -> None:
+        """Give tensors of the side stream to the current one, which waits for them without the host."""
+        current = torch.cuda.current_stream()
+        current.wait_stream(self._stream)
+        for tensor in tensors:
+            tensor.record_stream(current)  # else their memory could be used again while they are read
+
+
+@functools.cache
+def side_stream(device: torch.device) -> SideStream | None:
+    """The side stream of a device; a CPU has none."""
+    return SideStream(device) if device.type == "cuda" else None
 
 
 @functools.cache
