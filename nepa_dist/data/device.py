@@ -48,6 +48,20 @@ def to_device(batch: Batch, device: torch.device, mean: tuple[float, ...], std: 
     return moved if batch.masks is None else moved | {"masks": batch.masks.to(device, non_blocking=pinned)}
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a build without CUDA asserts
+        raise ValueError(f"device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
 @functools.cache
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     # Kept, because making a small tensor on a GPU waits for its copy in every step.
