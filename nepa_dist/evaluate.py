@@ -76,7 +76,8 @@ def evaluate(trained: Trained, source: str | None, plan: Plan, device: torch.dev
 
     Raises:
         DataError: the data has no validation split.
-        ValueError: the data has no labels, fewer than two classes, or other ones in its two splits; a layer or a k that is not there; too little memory.
+        ValueError: the data has no labels, fewer than two classes, or other ones in its two splits; a layer or a k that is not
+            there; too little memory.
     """
     data = trained.data if source is None else trained.data.model_copy(update={"source": source})
     backbone = trained.task.backbone
