@@ -137,7 +137,7 @@ def check_data(
     assumed = "not counted: data.expected_num_samples of the recipe" if expected else "no --data given"
     if source is None and (optional or config is None):
         return expected, assumed, []
-    from nepa_dist.data.classes import resolve_classes
+    from nepa_dist.data.classes import check_validation, resolve_classes
     from nepa_dist.data.containers import DataError, open_container
 
     size = config.model.image_size if config else 224
@@ -152,7 +152,7 @@ def check_data(
         container = opening("train")
         if config and config.task != "pretrain":
             resolve_classes(config, container)
-            opening("val")
+            check_validation(config, container, opening("val"))
         if config:
             make_plan(config, len(container))
     except DataError as error:

@@ -23,8 +23,9 @@ from torch import Tensor
 from nepa_dist.checkpoint.host_memory import available_bytes
 from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.config import DataConfig
+from nepa_dist.data.classes import other_classes
 from nepa_dist.data.containers import Container, open_split
-from nepa_dist.data.device import to_device
+from nepa_dist.data.device import to_device, usable_device
 from nepa_dist.data.loader import EvalLoader
 from nepa_dist.data.order import spread
 from nepa_dist.metrics.collapse import collapse_metrics
@@ -75,7 +76,8 @@ def evaluate(trained: Trained, source: str | None, plan: Plan, device: torch.dev
 
     Raises:
         DataError: the data has no validation split.
-        ValueError: the data has no labels, or fewer than two classes; a layer or a k that is not there; too little memory.
+        ValueError: the data has no labels, fewer than two classes, or other ones in its two splits; a layer or a k that is not
+            there; too little memory.
     """
     data = trained.data if source is None else trained.data.model_copy(update={"source": source})
     backbone = trained.task.backbone
@@ -86,6 +88,8 @@ def evaluate(trained: Trained, source: str | None, plan: Plan, device: torch.dev
     for container, split in zip(containers, ("training", "validation"), strict=True):
         if len(container.class_names) < 2:
             raise ValueError(f"the {split} split of {data.source} has fewer than two classes; a probe needs labels")
+    if problem := other_classes(*(container.class_names for container in containers)):
+        raise ValueError(f"{data.source}: {problem}")
     train, test = (_Images(c, data, size, n, device) for c, n in zip(containers, (plan.num_train, plan.num_test), strict=True))
     for k in plan.ks if "knn" in plan.probes else ():
         if k > len(train):
@@ -297,12 +301,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the linear probe", RuntimeWarning)  # the table says so
-            result = evaluate(load_trained(args.model, ema=not args.raw), args.data, plan, torch.device(args.device))
+            device = usable_device(args.device)
+            out.mkdir(parents=True, exist_ok=True)
+            result = evaluate(load_trained(args.model, ema=not args.raw), args.data, plan, device)
+        print(format_evaluation(result), flush=True)  # before anything can go wrong with the folder
         paths = write_evaluation(out, result)
     except (CheckpointError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    print(format_evaluation(result))
     print("\n".join(f"wrote {path}" for path in paths))
     return 0
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from nepa_dist.config import Config
+from nepa_dist.data.classes import other_classes
 from nepa_dist.data.containers import Container, DataError, open_split
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def online_knn_problems(config: Config, train: Container | None = None) -> list[
         if len(container.class_names) < 2:
             found = f"the {split} split of {config.data.source} has {len(container.class_names)}"
             return [f"metrics.knn_every needs images of two classes or more, {found}; null trains without"]
+    if problem := other_classes(splits["train"].class_names, splits["val"].class_names):
+        return [f"metrics.knn_every needs the same classes in both splits of {config.data.source}, but {problem}"]
     return []
 
 

@@ -17,7 +17,8 @@ from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.config import Config, ConfigError
 from nepa_dist.config_load import load_config
 from nepa_dist.data.classes import class_names
-from nepa_dist.data.containers import open_split
+from nepa_dist.data.containers import Container, open_split
+from nepa_dist.data.device import usable_device
 from nepa_dist.data.loader import EvalLoader
 from nepa_dist.data.order import spread
 from nepa_dist.data.transforms import eval_transform
@@ -43,6 +44,7 @@ def score(task: Task, config: Config, device: torch.device) -> Scores:
         ValueError: nothing can be scored, or the data has classes that the model has not.
     """
     container = open_split(config.data, "val", image_size=config.model.image_size)
+    _check_classes(task, config, container)
     ids = spread(len(container), config.evaluate.max_samples)
     if isinstance(task, SegmentTask):
         batches = iter(WholeImages(container, config, ids))
@@ -63,6 +65,19 @@ def score(task: Task, config: Config, device: torch.device) -> Scores:
     return task.score(sums, class_names(config, container))
 
 
+def _check_classes(task: Task, config: Config, container: Container) -> None:
+    found, known, source = len(container.class_names), config.num_classes or 0, config.data.source
+    if not isinstance(task, FinetuneTask) or found == known:
+        return  # masks are checked one by one
+    if found > known:
+        raise ValueError(f"{source} has {found} classes and the model {known}: it was trained on other data")
+    if found:
+        print(
+            f"{source} has {found} classes and the model {known}: class c of the one is taken for c of the other",
+            file=sys.stderr,
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -78,6 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
+        device = usable_device(args.device)
+        if args.out is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
         trained = load_trained(args.weights, ema=not args.raw)
         if not isinstance(trained.task, FinetuneTask | SegmentTask):
             raise ValueError(
@@ -86,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         config = _config(trained.config, args.data, args.set)
         if isinstance(trained.task, SegmentTask):
             trained.task.config = config.segment
-        result = score(trained.task, config, torch.device(args.device))
+        result = score(trained.task, config, device)
     except ConfigError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return 2
@@ -96,10 +114,13 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{args.weights}: {trained.origin}, on {config.data.source}")
     for name, value in result.values.items():
         print(f"  {name:<10}{value:.4f}")
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_text(args.out / "results.json", json.dumps(result.values, indent=2) + "\n")
-        write_text(args.out / "per_class.csv", result.per_class)
+    try:
+        if args.out is not None:
+            write_text(args.out / "results.json", json.dumps(result.values, indent=2) + "\n")
+            write_text(args.out / "per_class.csv", result.per_class)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 

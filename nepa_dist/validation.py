@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nepa_dist.config import Config
 from nepa_dist.data.batch import Batch
-from nepa_dist.data.classes import class_names
+from nepa_dist.data.classes import check_validation, class_names
 from nepa_dist.data.containers import open_split
 from nepa_dist.data.device import to_device
 from nepa_dist.data.loader import EvalLoader
@@ -50,6 +50,7 @@ class Validator:
 
     Raises:
         DataError: the data has no validation split.
+        ConfigError: it has other classes than the training split, or nothing to score.
     """
 
     def __init__(self, run: Run, stop: StopFlag) -> None:
@@ -58,6 +59,7 @@ class Validator:
         steps_per_epoch = plan.num_samples / config.global_batch_size
         self._every = max(1, round(config.evaluate.every_epochs * steps_per_epoch))
         self._container = open_split(config.data, "val", image_size=config.model.image_size)
+        check_validation(config, run.container, self._container)
         self._ids = spread(len(self._container), config.evaluate.max_samples)[world.rank :: world.world_size]
         self._batches: Iterator[Batch] | None = None
         self._loader: EvalLoader | None = None

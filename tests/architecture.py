@@ -64,7 +64,7 @@ ARROWS: dict[str, set[str]] = {
     "train": _LOOP,
     "evaluate": _LOOP | {"model", "probe_report", "trained"},
     "probe_report": {"pictures", "run_folder"},
-    "online_knn": {"config", "data.containers", "online_probe"},
+    "online_knn": {"config", "data.classes", "data.containers", "online_probe"},
     "online_probe": {"config", "data", "model", "tasks"},
     "intake": {"data", "run"},
     "run": _SETTINGS | {"checkpoint", "data", "engines", "metrics.profile", "state", "tasks"},

@@ -140,6 +140,7 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(run_dir, tmp_path, capsys,
         (["--data", str(images)], "has no val/ folder"),
         (["--layers", "2"], "layer 2 is not a block: the model has 2, numbered from 0 to 1"),
         (["--pooling", "cls"], "pooling 'cls' with causal attention"),
+        (["--device", "toaster"], "device toaster cannot be used here"),
         (["--k", "200"], "k = 200 neighbours were asked for, but there are 100 training images"),
     ):
         assert main([str(run_dir), *FEW, *options]) == 2
@@ -148,6 +149,16 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(run_dir, tmp_path, capsys,
     assert main([str(run_dir), *FEW]) == 2
     assert "4 layers of width 32 with 100 + 50 images need about" in (text := capsys.readouterr().err)
     assert "--num-train" in text
+
+
+def test_a_folder_that_cannot_be_written_costs_no_results(run_dir, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate", lambda *_: pytest.fail("it has begun"))
+        assert main([str(run_dir), *FEW, "--out", str(tmp_path / "file" / "out")]) == 2
+    (tmp_path / "figures").write_text("")  # where a folder is to be
+    assert main([str(run_dir), *FEW, "--no-untrained", "--layers", "1", "--out", str(tmp_path)]) == 2
+    assert "probe-me, step 60, averaged weights" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nepa_dist.config import Config, ConfigError
 from nepa_dist.data.containers import Container
+from nepa_dist.data.decode import BadImage
 
 
 def resolve_classes(config: Config, container: Container) -> Config:
@@ -39,6 +42,50 @@ def resolve_classes(config: Config, container: Container) -> Config:
         return config
     section = getattr(config, config.task).model_copy(update={"num_classes": found})
     return config.model_copy(update={config.task: section})
+
+
+def check_validation(config: Config, train: Container, val: Container) -> None:
+    """Check that the validation split can be scored, and that its classes are those of training.
+
+    Args:
+        config: of a run that is validated.
+        train: its training split.
+        val: its validation split; one sample may be read.
+
+    Raises:
+        ConfigError: a class number means something else in the two splits, or there is nothing to compare with.
+    """
+    source, names = config.data.source, _names(config, val)
+    if config.task == "finetune" and not names:
+        raise ConfigError([f"the validation split of data.source {source} has no labels, which fine-tuning is scored by"])
+    if config.task == "segment" and not _may_have_masks(val):
+        raise ConfigError([f"the validation split of data.source {source} has no masks, which segmentation is scored by"])
+    if problem := other_classes(_names(config, train), names):
+        raise ConfigError([f"data.source {source}: {problem}"])
+
+
+def other_classes(train: Sequence[str], val: Sequence[str]) -> str | None:
+    """How a class number may mean another class in the validation split than in the training split; None if it cannot.
+
+    Args:
+        train: names of the classes, in order; none if they are not known.
+        val: likewise. It may lack classes at the end.
+    """
+    if not train or list(val) == list(train[: len(val)]):
+        return None
+    index = next((i for i, (a, b) in enumerate(zip(train, val, strict=False)) if a != b), len(train))
+    here = f"{train[index]!r} in train" if index < len(train) else "unknown in train"
+    return (
+        f"class {index} is {val[index]!r} in val and {here} ({len(val)} and {len(train)} classes): "
+        "prepare both splits from one folder (docs/data.md)"
+    )
+
+
+def _may_have_masks(container: Container) -> bool:
+    try:
+        return container.read(0).mask is not None
+    except (OSError, BadImage):
+        return True  # this one is damaged; it is left out and named when its turn comes
 
 
 def class_names(config: Config, container: Container) -> list[str]:

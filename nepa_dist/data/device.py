@@ -86,6 +86,20 @@ def side_stream(device: torch.device) -> SideStream | None:
     return SideStream(device) if device.type == "cuda" else None
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a build without CUDA asserts
+        raise ValueError(f"device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
 @functools.cache
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     # Kept, because making a small tensor on a GPU waits for its copy in every step.

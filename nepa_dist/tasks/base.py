@@ -126,7 +126,15 @@ class Task(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} has no validation")
 
     def score(self, sums: Mapping[str, Tensor], class_names: list[str]) -> Scores:
-        """Turn the sums of :meth:`measure` over all batches and ranks into scores; ``class_names`` has one for each class."""
+        """Turn the sums of :meth:`measure` over all batches and ranks into scores.
+
+        Args:
+            sums: empty if nothing was measured.
+            class_names: one for each class.
+
+        Raises:
+            ValueError: nothing was measured.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no validation")
 
     def _rope_scale(self, device: torch.device) -> Tensor | None:

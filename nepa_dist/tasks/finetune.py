@@ -95,7 +95,7 @@ class FinetuneTask(Task):
         Raises:
             ValueError: no image has been counted.
         """
-        images, top1, top5 = (sums[key].tolist() for key in ("images", "top1", "top5"))
+        images, top1, top5 = (sums[key].tolist() if sums else [] for key in ("images", "top1", "top5"))
         total = sum(images)
         if total == 0:
             raise ValueError("there is nothing to score: no validation image has a label and can be read")

@@ -129,6 +129,8 @@ class SegmentTask(Task):
         Raises:
             ValueError: no pixel has been counted.
         """
+        if not sums:
+            raise ValueError("there is nothing to score: no validation image has a mask and can be used")
         confusion = ConfusionMatrix(self.num_classes)
         confusion.matrix = sums["confusion"].cpu()
         scores = confusion.scores()
