@@ -75,7 +75,7 @@ def _driver() -> str:
 
 
 def _compute(device: Any) -> float:
-    """Speed of matrix products on one device, GFLOP/s: the best of a while, so that a busy moment of the node does not count."""
+    """Speed of matrix products on one device, GFLOP/s: the best of a while, so that a busy moment does not count."""
     import torch
 
     side = 8192 if device.type == "cuda" else 512
