@@ -20,7 +20,7 @@ from typing import Any
 from jobs import cluster, scheduler
 from jobs.options import CONFIGS, absolute, recipe_names
 from jobs.runs import read_json
-from jobs.slurm import submit_environment
+from jobs.slurm import site_environment, submit_environment
 from nepa_dist.config import ClusterConfig
 from nepa_dist.config_load import load_config
 
@@ -182,9 +182,7 @@ def _run(where: ClusterConfig, folder: Path) -> str:
     words = [f"--{name}={value}" for name, value in resources.items() if value is not None]
     gpus = any(partition.gpus for partition in scheduler.partitions())
     words += [f"--gpus-per-node={where.gpus_per_node}"] if gpus else []
-    environment = {**submit_environment(where), **where.environment, "PYTHONPATH": str(cluster.REPO_ROOT)}
-    if where.interface is not None:
-        environment |= {"NCCL_SOCKET_IFNAME": where.interface, "GLOO_SOCKET_IFNAME": where.interface}
+    environment = {**submit_environment(where), **site_environment(where), "PYTHONPATH": str(cluster.REPO_ROOT)}
     words += ["--job-name=nepa-doctor", "--time=10", "--kill-on-bad-exit=0", "--wait=120"]
     done = subprocess.run(["srun", *words, *command], env=environment, capture_output=True, text=True)
     return done.stderr.strip()

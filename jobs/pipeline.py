@@ -249,7 +249,8 @@ def describe(stages: Sequence[Stage]) -> Iterator[str]:
         state = "finished" if stage.is_finished else "exists, would go on" if config.run_dir.exists() else "new"
         steps = "unknown number of" if checked.steps is None else f"{checked.steps:,}"
         start = f", starts with {stage.part.start}" if stage.part.start else ""
-        yield f"{stage.part.name}: {steps} steps on {config.cluster.world_size} ranks{start}; {config.run_dir} ({state})"
+        ranks = "1 rank" if config.cluster.world_size == 1 else f"{config.cluster.world_size} ranks"
+        yield f"{stage.part.name}: {steps} steps on {ranks}{start}; {config.run_dir} ({state})"
 
 
 def words_for(part: Part, names: Collection[str], args: argparse.Namespace) -> Iterator[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import traceback
@@ -20,7 +21,7 @@ from typing import NoReturn
 
 from jobs.cluster import LAUNCHER_PID, USER_ERROR, environment_from_srun
 from jobs.payload import check_code, read_secrets, refuse_foreign
-from jobs.runs import BATCH, KINDS, write_outcome
+from jobs.runs import BATCH, KINDS, last_line, write_outcome
 from nepa_dist.guard import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, STOP_SIGNALS
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -81,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
 
         code = train(config)
         if os.environ.get("RANK", "0") == "0":
-            _note(run_dir, KINDS.get(code, "crashed"))
+            why = re.sub("^[0-9-]+ [0-9:]+ ", "", last_line(run_dir / "log.txt")) if code == EXIT_FAILED else ""
+            _note(run_dir, KINDS.get(code, "crashed"), why)
         # All ranks have stopped together. To srun that must look like a good end: it would kill those that are still closing.
         return EXIT_DONE if code == EXIT_AGAIN and BATCH in os.environ else code
     except Exception as error:

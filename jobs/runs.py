@@ -149,6 +149,17 @@ def tail_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def last_line(path: Path) -> str:
+    """Last line of a text file; empty if there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            lines = file.read().decode(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return lines[-1] if lines else ""
+
+
 def _number(value: Any) -> float | None:
     try:
         return None if value is None or isinstance(value, bool) else float(value)

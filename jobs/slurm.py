@@ -206,14 +206,12 @@ def _setup(job: Job) -> Iterator[str]:
 
 
 def _environment(job: Job) -> dict[str, str]:
-    where = job.cluster
-    values = {
-        "PYTHONPATH": str(job.code),
-        "PYTHONUNBUFFERED": "1",
-        BATCH: "1",
-        "OMP_NUM_THREADS": str(where.cpus_per_gpu or 1),
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
+    return {"PYTHONPATH": str(job.code), "PYTHONUNBUFFERED": "1", BATCH: "1", **site_environment(job.cluster)}
+
+
+def site_environment(where: ClusterConfig) -> dict[str, str]:
+    """Threads and network of each rank, and what the site says."""
+    values = {"OMP_NUM_THREADS": str(where.cpus_per_gpu or 1), "OMP_WAIT_POLICY": "PASSIVE"}
     if where.interface is not None:
         values |= {"NCCL_SOCKET_IFNAME": where.interface, "GLOO_SOCKET_IFNAME": where.interface}
     return values | where.environment

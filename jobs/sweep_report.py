@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import yaml
 
 from jobs.pipeline_report import markdown_table
-from jobs.runs import Outcome, Progress, newest_checkpoint, read_outcome, read_progress, read_scores
+from jobs.runs import Outcome, Progress, last_line, newest_checkpoint, read_outcome, read_progress, read_scores
 from nepa_dist.config import ConfigError, Section
 from nepa_dist.config_load import read_yaml
 from nepa_dist.run_folder import write_text
@@ -74,7 +74,7 @@ class Run(NamedTuple):
         """Why it did not finish, in one line: what a rank has noted, or the last thing that the run said."""
         if self.outcome is None or self.outcome.kind in ("finished", "stopped"):
             return ""
-        lines = (self.outcome.detail or _last_line(self.folder / "log.txt")).strip().splitlines()
+        lines = (self.outcome.detail or last_line(self.folder / "log.txt")).strip().splitlines()
         return lines[-1] if lines else ""
 
 
@@ -218,16 +218,6 @@ def _csv(rows: Sequence[Row]) -> Iterator[list[object]]:
 
 def _number(value: float | None, digits: int, *, sign: bool = False) -> str:
     return "" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
-
-
-def _last_line(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 4096))
-            lines = file.read().decode(errors="replace").strip().splitlines()
-    except OSError:
-        return ""
-    return lines[-1] if lines else ""
 
 
 def _draw_scores(root: Path, summary: Summary, rows: Sequence[Row]) -> list[Path]:

@@ -330,7 +330,9 @@ def test_the_sweeps_of_the_paper_exist() -> None:
     assert sorted(wanted.split()) == options.recipe_names("sweep")
 
 
-def test_a_real_sweep_ends_with_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_sweep_ends_with_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Real ranks on digits: a variant with a learning rate that nothing survives fails, the other has a score."""
     monkeypatch.chdir(tmp_path)
     small = "--set model.embed_dim=32 --set model.num_heads=2 --set model.depth=1 --set model.image_size=32 "
@@ -343,6 +345,9 @@ def test_a_real_sweep_ends_with_a_table(tmp_path: Path, monkeypatch: pytest.Monk
     rows = table()
     assert rows["wild"]["state"] == "pretrain gave up"
     assert "non-finite gradient" in rows["wild"]["reason"]
+    capsys.readouterr()
+    assert submit.main(["status", "runs/s/wild"]) == 0
+    assert "ended: gave up (2 steps in a row had a non-finite gradient" in capsys.readouterr().out
     assert rows["sane"]["state"] == "finished"
     assert 0 <= float(rows["sane"]["score_percent"]) <= 100
     assert (rows["sane"]["pretrain_step"], rows["sane"]["finetune_step"]) == ("4", "4")
