@@ -28,6 +28,8 @@ REQUEST_SECONDS = 10.0
 """A client that says or reads nothing for this long is let go."""
 MAX_CONNECTIONS = 64
 """Clients at a time; more are turned away at once."""
+OWN_SECONDS = 0.5
+"""Age up to which the metrics of the endpoint itself are served again."""
 
 
 class PrometheusExporter:
@@ -188,11 +190,16 @@ class _Own(Collector):
         self._labels = labels
         self.scrapes = _Buckets(registry.METRICS["scrape_seconds"].buckets)
         self.refused = dict.fromkeys(registry.REFUSALS, 0)
+        self._cache: tuple[float, bytes] = (-OWN_SECONDS, b"")
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
     def text(self) -> bytes:
-        return generate_latest(self._registry)
+        """The exposition; with many scrapers, making it for each would be most of the work."""
+        now = time.monotonic()
+        if now - self._cache[0] >= OWN_SECONDS:
+            self._cache = (now, generate_latest(self._registry))
+        return self._cache[1]
 
     def collect(self) -> Iterable[Metric]:
         metric = registry.METRICS["scrapes_refused_total"]
