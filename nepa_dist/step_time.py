@@ -1,7 +1,8 @@
 r"""How long a step takes on a cluster, by formula: for ``--dry-run``. Imports no torch.
 
-A model, which no GPU has confirmed yet. A step is computation, the communication that it does not hide, and the optimizer. Every constant below says where it is from.
-Latency, waiting for data, stragglers and a GPU that lowers its clock are left out: a real step is slower.
+A model, which no GPU has confirmed yet. A step is computation, the communication that it does not hide, and the optimizer.
+Every constant below says where it is from. Latency, waiting for data, stragglers and a GPU that lowers its clock are left out:
+a real step is slower.
 
 Computation of one micro-batch, the larger of what the GPU needs and what the host needs to start its kernels:
 

@@ -7,8 +7,10 @@ function behind ``block(...)`` is replaced, so the hooks of an engine stay outsi
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -32,6 +34,11 @@ KEPT = {
     _aten._scaled_dot_product_cudnn_attention.default,
 }
 """Operations whose results selective checkpointing keeps: they take the time, the rest takes the memory."""
+
+
+def keep_compiled(folder: Path) -> None:
+    """Have what is compiled kept in ``folder``, for the next start; TORCHINDUCTOR_CACHE_DIR, where it is set, is kept."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.resolve()))
 
 
 def prepare(task: Task, config: EngineConfig, device: torch.device) -> None:
