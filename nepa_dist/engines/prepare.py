@@ -46,7 +46,7 @@ def prepare(task: Task, config: EngineConfig, device: torch.device) -> None:
 
     Args:
         task: the module to train.
-        config: ``attention``, ``activation_checkpointing`` and ``compile``.
+        config: ``attention``, ``patch_embed``, ``activation_checkpointing`` and ``compile``.
         device: where it will run.
 
     Raises:
@@ -56,6 +56,7 @@ def prepare(task: Task, config: EngineConfig, device: torch.device) -> None:
         attend = choose_attention(config.attention, device)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
+    task.backbone.patch_embed.as_matmul = config.patch_embed == "matmul"
     for block in cast(Any, task.backbone.blocks):
         block.attn.attend = attend
         forward: Callable[..., Any] = block.forward
