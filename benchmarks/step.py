@@ -128,15 +128,17 @@ def find_peak(device: torch.device, precision: str, rates: Sequence[float]) -> t
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Measure all arms; on every rank."""
-    options = [args.batch, args.precision, args.compile, args.engine, args.attention, args.images]
+    options = [args.batch, args.precision, args.compile, args.engine, args.attention, args.patch_embed, args.images]
     combinations = list(itertools.product(*options))
     sharded = next((name for name in args.engine if name != "ddp"), "ddp")
     world = join({"name": sharded, "device": args.device})
     about = place(world.device)
     arms, configs = [], {}
-    for batch, precision, compiled, engine, attention, kind in combinations:
-        name = f"{engine} {precision} {'compiled' if _SWITCH[compiled] else 'eager'} {attention} batch {batch} {kind}"
+    for batch, precision, compiled, engine, attention, patches, kind in combinations:
+        how = "compiled" if _SWITCH[compiled] else "eager"
+        name = f"{engine} {precision} {how} {attention} {patches} batch {batch} {kind}"
         settings = {"name": engine, "precision": precision, "compile": _SWITCH[compiled], "attention": attention}
+        settings["patch_embed"] = patches
         config = make_config(args.model, batch, world.world_size, device=args.device, **settings)
         size = config.model.image_size
         if kind == "random":
@@ -229,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", nargs="+", default=["on"], choices=list(_SWITCH))
     parser.add_argument("--engine", nargs="+", default=["ddp"], choices=["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"])
     parser.add_argument("--attention", nargs="+", default=["auto"], help="values of engine.attention")
+    parser.add_argument("--patch-embed", nargs="+", default=["conv"], choices=["conv", "matmul"])
     parser.add_argument("--images", nargs="+", default=["random"], choices=["random", "natural"])
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="images for natural, at any depth")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])

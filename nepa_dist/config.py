@@ -106,6 +106,8 @@ class EngineConfig(Section):
     attention: Literal["auto", "sdpa", "dense", "flash", "efficient", "cudnn", "fa3"] = "auto"
     """Implementation of attention. auto: on a GPU sdpa, on a CPU dense up to 512 tokens. sdpa: torch's own choice. dense: the
     scores are stored. flash, efficient, cudnn: that kernel of torch, or an error. fa3: FlashAttention-3, if it is installed."""
+    patch_embed: Literal["conv", "matmul"] = "conv"
+    """How patches are embedded: as a convolution, or as a matrix product over inputs padded to a multiple of 64."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
     """Only deterministic kernels on a GPU, slower; CPUs are deterministic as they are."""

@@ -6,10 +6,10 @@ from nepa_dist import presets
 from nepa_dist.config import Config
 from nepa_dist.memory import NUM_CLASSES_IF_UNKNOWN, activation_bytes, head_flops, head_parameters, state_bytes
 from nepa_dist.plan import Plan, make_plan
+from nepa_dist.step_time import FABRICS, Fabric, Gpu, gpu_of, step_time
 
 ASSUMED_PEAK_FLOPS = 989e12
 """Dense bf16 operations per second of an H100 or H200 (NVIDIA's data sheet)."""
-ASSUMED_UTILISATION = 0.4
 
 
 def build_report(config: Config, num_samples: int | None, note: str = "") -> str:
@@ -32,7 +32,7 @@ def build_report(config: Config, num_samples: int | None, note: str = "") -> str
         ("Model", _model_rows(config, plan)),
         ("Schedule", _schedule_rows(config, plan, num_samples, steps, note)),
         (f"Memory per rank, engine {config.engine.name} (estimate)", _memory_rows(config, plan)),
-        ("Whole run", _total_rows(config, plan, steps)),
+        (f"Time on {gpu_of(config).name}s (a model, not measured)", _time_rows(config, plan, steps)),
     ]
     width = 2 + max(len(label) for _, rows in sections for label, _ in rows)
     lines = []
@@ -108,18 +108,48 @@ def _memory_rows(config: Config, plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def _total_rows(config: Config, plan: Plan, steps: int | None) -> list[tuple[str, str]]:
-    if steps is None:
-        return [("training", "unknown, as the number of steps is")]
-    per_image = presets.train_flops(config.model, num_tokens=plan.num_tokens, causal=config.causal)
-    total = (per_image + 3 * head_flops(config)) * steps * config.global_batch_size
-    gpu_hours = total / (ASSUMED_UTILISATION * ASSUMED_PEAK_FLOPS) / 3600
-    world = config.cluster.world_size
-    speed = f"{ASSUMED_UTILISATION:.0%} of {ASSUMED_PEAK_FLOPS / 1e12:.0f} TFLOP/s (H100 or H200, bf16)"
-    return [
-        ("training", _si(total, "FLOP")),
-        ("GPU-hours", f"{gpu_hours:.3g}, {gpu_hours / world:.3g} hours at world size {world}; assumes {speed}, not measured"),
+def _time_rows(config: Config, plan: Plan, steps: int | None) -> list[tuple[str, str]]:
+    gpu, world = gpu_of(config), config.cluster.world_size
+    flops = _flops_per_image(config, plan)
+    rows = [("training", "unknown, as the number of steps is")]
+    if steps is not None:
+        rows = [("training", _si(flops * steps * config.global_batch_size, "FLOP"))]
+    # Within a node all fabrics are the same.
+    for fabric in FABRICS if config.cluster.nodes > 1 else FABRICS[:1]:
+        rows += _fabric_rows(config, plan, steps, gpu, fabric)
+    kind = "" if config.cluster.gpu_type else " (cluster.gpu_type names another)"
+    rows.append(("assumes", f"{gpu.name}{kind}, rates and link speeds as in nepa_dist/step_time.py; {world} ranks, no waits"))
+    return rows
+
+
+def _fabric_rows(config: Config, plan: Plan, steps: int | None, gpu: Gpu, fabric: Fabric) -> list[tuple[str, str]]:
+    """Step, speed and duration with one kind of links."""
+    world, time = config.cluster.world_size, step_time(config, plan, gpu, fabric)
+    parts = {"matrix products": time.matmul, "attention": time.attention, "the rest": time.elementwise}
+    if time.launches:
+        parts["waiting for the host"] = time.launches
+    parts["optimizer"] = time.optimizer
+    where = f", {fabric.name}" if config.cluster.nodes > 1 else ""
+    text = " + ".join(f"{name} {1e3 * value:.3g}" for name, value in parts.items())
+    if world > 1:
+        text += f" + communication {1e3 * time.exposed:.3g} (of {1e3 * time.communication:.3g}, the rest is hidden)"
+    rate = config.global_batch_size / time.total
+    peak = gpu.peak_fp32 if config.engine.precision == "fp32" else gpu.peak_bf16
+    share = rate / world * _flops_per_image(config, plan) / peak
+    rows = [
+        (f"step{where}", f"{1e3 * time.total:.4g} ms: {text}"),
+        ("images per second", f"{rate:,.0f}, {rate / world:,.0f} per GPU, {share:.0%} of {peak / 1e12:.0f} TFLOP/s"),
     ]
+    if steps is not None:
+        hours = steps * time.total / 3600
+        total = f"{hours * world:,.0f}" if hours * world >= 100 else f"{hours * world:.3g}"
+        rows.append(("GPU-hours", f"{total}, {hours:.3g} hours or {hours / 24:.2g} days at world size {world}"))
+    return rows
+
+
+def _flops_per_image(config: Config, plan: Plan) -> int:
+    """Operations of forward and backward of one image, without recomputation."""
+    return presets.train_flops(config.model, num_tokens=plan.num_tokens, causal=config.causal) + 3 * head_flops(config)
 
 
 def _si(value: float, unit: str) -> str:

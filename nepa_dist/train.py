@@ -21,6 +21,7 @@ from nepa_dist.data.loader import Batch, TrainLoader
 from nepa_dist.data.transforms import train_transform
 from nepa_dist.engines.base import build_engine
 from nepa_dist.engines.mesh import World, join_world, leave_world
+from nepa_dist.engines.prepare import keep_compiled
 from nepa_dist.guard import (
     EXIT_AGAIN,
     EXIT_DONE,
@@ -51,6 +52,8 @@ from nepa_dist.transfer import transfer
 from nepa_dist.validation import Validator
 from nepa_dist.watchdog import Watchdog
 
+COMPILED = ".compiled"
+"""Folder in the run root with what torch.compile made; its runs share it, and it can be deleted at any time."""
 KNN_END_SECONDS = 60.0
 """How long the end of a run waits for a k-NN probe that is under way."""
 DIGEST_MASK = 2**40 - 1
@@ -101,6 +104,7 @@ def _run(config: Config, world: World, stop: StopFlag) -> int:
         assert config.init.path is not None
         notes += str(transfer(task, config.init.path, ema=config.init.load == "ema")).splitlines()
     num_parameters = sum(parameter.numel() for parameter in task.parameters())
+    keep_compiled(config.run_dir.parent / COMPILED)
     engine = build_engine(task, config, plan, world.device)
     run = Run(config, plan, world, task, engine, store, TrainState(), container, num_parameters)
     notes += begin(run)

@@ -1,12 +1,17 @@
 """Compilation: every preset and task is compiled whole, without a break, and without a graph of its own for each block."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from nepa_dist.config import Config
-from nepa_dist.engines.prepare import prepare
+from nepa_dist.engines.prepare import keep_compiled, prepare
 from nepa_dist.presets import PRESETS
 from nepa_dist.tasks.base import build_task
 
@@ -79,3 +84,35 @@ def test_drop_path_drops_whole_branches_at_its_rate():
     torch.testing.assert_close(values.unique(), torch.tensor([0.0, 1 / 0.75]))
     assert values.mean() == pytest.approx(1.0, abs=0.03)
     assert torch.equal(block.eval()._drop(torch.ones(4, 3, 2)), torch.ones(4, 3, 2))
+
+
+def test_what_is_compiled_is_kept_in_the_run_root(tmp_path, tiny_images, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    settings = ["image_size=32", "patch_size=8", "embed_dim=16", "depth=1", "num_heads=2"]
+    settings = [f"model.{value}" for value in settings] + ["steps=1", "global_batch_size=2", "data.num_workers=0"]
+    settings += ["engine.compile=true", "engine.device=cpu", "metrics.prometheus=false"]
+    sets = [part for setting in settings for part in ("--set", setting)]
+    submit = str(Path(__file__).parents[1] / "jobs/submit.py")
+    command = [
+        sys.executable,
+        submit,
+        "pretrain",
+        "vit_tiny",
+        "--data",
+        str(tiny_images),
+        "--run-dir",
+        str(tmp_path / "a"),
+        *sets,
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    assert list((tmp_path / ".compiled").rglob("*.so"))
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["a", "images"]
+
+
+def test_a_cache_of_ones_own_is_respected(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    keep_compiled(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_compiled(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)

@@ -1,9 +1,12 @@
 """Batches reach a device beside the computation: what is ordered how, with a device that only notes what it is given."""
 
+import time
 from contextlib import contextmanager
 
+import pytest
 import torch
 
+from benchmarks import feed
 from nepa_dist import intake, train
 from nepa_dist.config import Config
 from nepa_dist.data import device as data_device
@@ -90,3 +93,26 @@ def test_a_batch_is_on_its_way_before_the_step_before_it_is_waited_for(monkeypat
         # A device computes a step from its launch until it is waited for: in between the next batch is copied and launched.
         assert notes.index(("launched", step)) < notes.index(("uploaded", step + 1)) < notes.index(("waited for", step))
         assert notes.index(("launched", step + 1)) < notes.index(("waited for", step))
+
+
+def test_a_synthetic_device_waits_for_slow_data_and_not_for_fast_data():
+    def batches(seconds):
+        for _ in range(6):
+            clock.now += seconds
+            yield None
+
+    class Clock:
+        now = 100.0
+
+        def perf_counter(self):
+            return self.now
+
+        def sleep(self, seconds):
+            self.now += seconds
+
+    for seconds, share in ((0.5, 0.0), (1.0, 0.0), (4.0, 0.75)):
+        clock = feed.time = Clock()
+        try:
+            assert feed.share_waited(batches(seconds), 1.0, warmup=2) == pytest.approx(share, abs=0.15)
+        finally:
+            feed.time = time

@@ -152,3 +152,17 @@ def test_drop_path_drops_whole_branches_of_single_images_in_training():
     assert 2 <= len(torch.unique(rows.round(decimals=4), dim=0)) <= 4
     rows = model.eval()(batch, causal=True).hidden[:, -1]
     assert torch.allclose(rows, rows[:1].expand_as(rows), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(28, 42), (56, 56)])
+def test_patches_are_embedded_alike_by_convolution_and_matrix_product(size):
+    model = VisionTransformer(ModelConfig(image_size=28, patch_size=14, embed_dim=32, depth=1, num_heads=2))
+    images = torch.randn(2, 3, *size).contiguous(memory_format=torch.channels_last)
+    results = []
+    for model.patch_embed.as_matmul in (False, True):
+        model.zero_grad()
+        out = model.patch_embed(images)
+        out.square().sum().backward()
+        results.append((out, *(parameter.grad for parameter in model.patch_embed.parameters())))
+    for convolution, product in zip(*results, strict=True):
+        torch.testing.assert_close(convolution, product, atol=1e-4, rtol=1e-5)

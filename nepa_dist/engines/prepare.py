@@ -7,8 +7,10 @@ function behind ``block(...)`` is replaced, so the hooks of an engine stay outsi
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -34,12 +36,17 @@ KEPT = {
 """Operations whose results selective checkpointing keeps: they take the time, the rest takes the memory."""
 
 
+def keep_compiled(folder: Path) -> None:
+    """Have what is compiled kept in ``folder``, for the next start; TORCHINDUCTOR_CACHE_DIR, where it is set, is kept."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.resolve()))
+
+
 def prepare(task: Task, config: EngineConfig, device: torch.device) -> None:
     """Choose the attention of ``task.backbone``, wrap the forward of every block and compile the task's loss, in place.
 
     Args:
         task: the module to train.
-        config: ``attention``, ``activation_checkpointing`` and ``compile``.
+        config: ``attention``, ``patch_embed``, ``activation_checkpointing`` and ``compile``.
         device: where it will run.
 
     Raises:
@@ -49,6 +56,7 @@ def prepare(task: Task, config: EngineConfig, device: torch.device) -> None:
         attend = choose_attention(config.attention, device)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
+    task.backbone.patch_embed.as_matmul = config.patch_embed == "matmul"
     for block in cast(Any, task.backbone.blocks):
         block.attn.attend = attend
         forward: Callable[..., Any] = block.forward
