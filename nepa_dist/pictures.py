@@ -48,7 +48,7 @@ def save_figure(path: Path, title: str, size: tuple[float, float], draw: Callabl
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)  # a name of a file or a run may have dollar signs
     draw(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -199,7 +199,8 @@ def draw_segmentation(
             axes.set_title(name, fontsize=10)
         for axes in grid:
             axes.set_axis_off()
-        figure.legend(handles=legend, loc="outside right upper", frameon=False, fontsize=9)
+        for text in figure.legend(handles=legend, loc="outside right upper", frameon=False, fontsize=9).get_texts():
+            text.set_parse_math(False)
 
     legend = _legend(panels, class_names, colors, ignore)
     aspect = min(max(image.shape[1] / image.shape[0], 0.4), 2.5)

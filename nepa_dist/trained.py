@@ -108,7 +108,14 @@ class Backbone(nn.Module):
         return features
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Normalise uint8 pixels [B, H, W, 3] to float32 [B, 3, H, W] on their device."""
+        """Normalise uint8 pixels [B, H, W, 3] to float32 [B, 3, H, W] on their device.
+
+        Raises:
+            ValueError: these are no such pixels; floats may be in [0, 1] or not, which only their owner knows.
+        """
+        if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[3] != 3:
+            found = f"{str(pixels.dtype).removeprefix('torch.')} {list(pixels.shape)}"
+            raise ValueError(f"pixels must be uint8 [B, H, W, 3], got {found}; normalise others with mean and std yourself")
         return normalize(pixels, self.mean, self.std)
 
 
@@ -242,6 +249,8 @@ def _provenance(file: Path) -> Provenance:
 
 
 def _config(values: Any, origin: Path) -> Config:
+    if isinstance(values, dict) and "model_args" in values:
+        raise WeightsError(f"{origin} is in timm's format, which is only written: export the run in another one")
     if not isinstance(values, dict) or "model" not in values:
         raise WeightsError(f"{origin} holds no configuration of a run, and none of an official model")
     try:

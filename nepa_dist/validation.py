@@ -29,7 +29,7 @@ from nepa_dist.data.transforms import eval_transform
 from nepa_dist.data.whole import WholeImages
 from nepa_dist.engines.base import Engine
 from nepa_dist.engines.mesh import World
-from nepa_dist.guard import StopFlag
+from nepa_dist.guard import RunAborted, StopFlag
 from nepa_dist.provenance import Kind, Provenance, Result
 from nepa_dist.reporting import Reporter
 from nepa_dist.run import Run
@@ -96,7 +96,7 @@ class Validator:
             False if a signal came first: the scores are thrown away, and the step stays pending.
 
         Raises:
-            ValueError: nothing could be scored.
+            RunAborted: nothing could be scored.
         """
         run, state, start = self._run, self._run.state, time.perf_counter()
         with watchdog.pause():
@@ -113,7 +113,10 @@ class Validator:
                 return False
             for name, reason in sorted({pair for _, _, found in parts for pair in found}):
                 reporter.event(f"left out of the validation: {name}: {reason}")
-            scores = task.score(add_up([part for _, part, _ in parts]), class_names(run.config, self._container))
+            try:
+                scores = task.score(add_up([part for _, part, _ in parts]), class_names(run.config, self._container))
+            except ValueError as error:  # alike on all ranks
+                raise RunAborted(f"validation at step {state.step}: {error}") from None
             state.evaluated_step, score = state.step, scores.values[scores.main]
             better = state.best_score is None or score > state.best_score
             if better and run.world.gather(run.world.is_main and self._keep(task, scores, reporter))[0]:

@@ -129,6 +129,8 @@ def _size(text: str) -> tuple[int, int]:
 
 def _run(args: argparse.Namespace) -> Iterator[Path]:
     """Draw what was asked for; gives the files as they are made."""
+    if not args.model.exists():
+        raise ValueError(f"there is no run and no file of weights at {args.model}")
     if not args.images and not args.samples:
         paths = plot_curves(args.model) if args.model.is_dir() else []
         if not paths:

@@ -4,7 +4,7 @@ import pytest
 
 from images import image_folder
 from nepa_dist.config import Config, ConfigError
-from nepa_dist.data.classes import check_validation, other_classes
+from nepa_dist.data.classes import check_validation, other_classes, resolve_classes
 from nepa_dist.data.containers import open_container
 from nepa_dist.online_knn import online_knn_problems
 from splits import prepare
@@ -67,3 +67,9 @@ def test_classes_may_be_missing_at_the_end(val):
 
 def test_classes_that_training_does_not_know():
     assert "class 1 is 'b' in val and unknown in train" in other_classes(["a"], ["a", "b"])
+
+
+def test_masks_that_cannot_fit_the_classes_are_found_before_the_run():
+    config = Config.model_validate({"task": "segment", "data": {"source": "digits"}, "segment": {"num_classes": 5}})
+    with pytest.raises(ConfigError, match=r"none of its first masks can be used; .* but there are 5 classes"):
+        resolve_classes(config, open_container("digits", "train", image_size=64))

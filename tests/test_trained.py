@@ -161,6 +161,18 @@ def test_a_backbone_takes_images_of_any_size(run, size, grid):
             assert not features.hidden.equal(backbone(images, causal=False).hidden)
 
 
+@pytest.mark.parametrize("pixels", [torch.zeros(1, 24, 24, 3), torch.zeros(1, 3, 24, 24, dtype=torch.uint8)])
+def test_pixels_that_are_no_bytes_are_not_normalised_into_nonsense(run, pixels):
+    with pytest.raises(ValueError, match=r"pixels must be uint8 \[B, H, W, 3\]"):
+        load_backbone(run).prepare(pixels)
+
+
+def test_weights_for_timm_are_said_to_be_written_only(run, tmp_path):
+    export(run, tmp_path / "timm", format="timm")
+    with pytest.raises(WeightsError, match="is in timm's format, which is only written"):
+        load_trained(tmp_path / "timm")
+
+
 def test_torch_hub_loads_a_backbone_from_a_folder_of_this_project(run, tmp_path):
     code = "import sys, torch; m = torch.hub.load(sys.argv[1], 'nepa_backbone', source='local', weights=sys.argv[2], ema=False)"
     code += "; print(m(torch.zeros(1, 3, 24, 24)).hidden.shape, m.provenance.origin)"
@@ -199,6 +211,12 @@ def test_a_classifier_has_no_similarity_map(tmp_path, photo):
         assert main([str(tmp_path / name), str(photo), "--query-patch", "7", "--out", str(tmp_path / name)]) == 0
         sizes.append(size_of(tmp_path / name / "0_maps.png"))
     assert sizes[0][0] > sizes[1][0]
+
+
+def test_a_name_with_dollar_signs_is_no_formula(run, photo, tmp_path):
+    file = photo.rename(photo.with_name(r"$\wrong$ $5.png"))
+    assert main([str(run), str(file), "--out", str(tmp_path / "out")]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [r"$\wrong$ $5_maps.png"]
 
 
 def test_images_of_one_name_get_a_picture_each(run, photo, tmp_path):

@@ -142,7 +142,7 @@ def test_the_command_draws_curves_where_no_image_is_named(tmp_path, capsys):
     assert main([str(write_run(tmp_path / "empty", []))]) == 2
     assert "there is nothing to draw" in capsys.readouterr().err
     assert main([str(tmp_path / "typo")]) == 2
-    assert "there is nothing to draw" in capsys.readouterr().err
+    assert f"there is no run and no file of weights at {tmp_path / 'typo'}" in capsys.readouterr().err
 
 
 @pytest.fixture

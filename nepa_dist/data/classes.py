@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from nepa_dist.config import Config, ConfigError
 from nepa_dist.data.containers import Container
 from nepa_dist.data.decode import BadImage
+from nepa_dist.data.transforms import class_mask
+
+_LOOKED_AT = 8
+"""Masks that are tried before a run begins."""
 
 
 def resolve_classes(config: Config, container: Container) -> Config:
@@ -14,13 +18,13 @@ def resolve_classes(config: Config, container: Container) -> Config:
 
     Args:
         config: of a run.
-        container: its training split; one sample may be read.
+        container: its training split; a few samples may be read.
 
     Returns:
         The same configuration; with ``num_classes`` of its task where that was left to the data.
 
     Raises:
-        ConfigError: the data has no classes, no masks, or more classes than the configuration.
+        ConfigError: the data has no classes, no masks, more classes than the configuration, or masks that do not fit it.
         OSError: the first sample cannot be read.
     """
     if config.task == "pretrain":
@@ -38,10 +42,12 @@ def resolve_classes(config: Config, container: Container) -> Config:
         raise ConfigError([f"segment.num_classes is not set, and data.source {source} has no class table: set it"])
     if config.task == "finetune" and given is not None and given < found:
         raise ConfigError([f"finetune.num_classes is {given}, but data.source {source} has {found} classes"])
-    if given is not None:
-        return config
-    section = getattr(config, config.task).model_copy(update={"num_classes": found})
-    return config.model_copy(update={config.task: section})
+    if given is None:
+        section = getattr(config, config.task).model_copy(update={"num_classes": found})
+        config = config.model_copy(update={config.task: section})
+    if config.task == "segment" and (reason := _why_no_mask_fits(config, container)):
+        raise ConfigError([f"data.source {source}: none of its first masks can be used; {reason}"])
+    return config
 
 
 def check_validation(config: Config, train: Container, val: Container) -> None:
@@ -79,6 +85,20 @@ def other_classes(train: Sequence[str], val: Sequence[str]) -> str | None:
         f"class {index} is {val[index]!r} in val and {here} ({len(val)} and {len(train)} classes): "
         "prepare both splits from one folder (docs/data.md)"
     )
+
+
+def _why_no_mask_fits(config: Config, container: Container) -> str | None:
+    """What is wrong with the last of the first masks if all are; a single one is left to the loader, which replaces it."""
+    reason = None
+    for index in range(min(_LOOKED_AT, len(container))):
+        try:
+            mask = container.read(index).mask
+            if mask is not None:
+                class_mask(mask, config.segment)
+                return None
+        except (OSError, BadImage) as error:
+            reason = f"{container.name(index)}: {error}"
+    return reason
 
 
 def _may_have_masks(container: Container) -> bool:
