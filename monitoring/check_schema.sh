@@ -10,7 +10,7 @@ trap 'rm -rf "$work"' EXIT
 cd "$work"
 echo '{"private": true}' > package.json
 npm install --silent --no-audit --no-fund --ignore-scripts typescript@5.9.3 "@grafana/schema@$version"
-files=("$here"/grafana/dashboards/*.json)
+files=("$here/grafana/dashboards/"*.json)
 for file in "${files[@]}"; do
   {
     echo 'import type { Dashboard } from "@grafana/schema";'
