@@ -1,4 +1,4 @@
-"""monitoring/run.sh starts a real Prometheus and Alertmanager, which see a run and its alert, and ends them; compose is valid."""
+"""monitoring/run.sh starts Prometheus and Alertmanager, which see a run and its alert, and ends them; compose is valid."""
 
 import json
 import os
