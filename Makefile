@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-slurm | lint | clean. Each first makes .venv if need be (`make setup`), which asks for Python >= 3.11 and nothing else.
+# make demo | test | test-slow | test-slurm | lint | dashboards | clean. Each first makes .venv if need be (`make setup`), which asks for Python >= 3.11 and nothing else.
 #
 # PYTHON=python3.12   the interpreter that .venv is made with
 # ARGS="-k order"     more arguments for pytest
@@ -19,7 +19,7 @@ STAMP := $(VENV)/.setup-$(shell { pwd; echo $(FFCV); cat pyproject.toml constrai
 PIP_INSTALL := $(RUN) -m pip install --quiet --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-slow test-slurm lint clean
+.PHONY: setup demo test test-slow test-slurm lint dashboards clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -62,6 +62,10 @@ lint: setup
 	$(RUN) -m codespell_lib
 	$(VENV)/bin/hadolint Dockerfile
 	$(VENV)/bin/shellcheck --shell=bash --exclude=SC2034,SC2154 jobs/attempt.sh
+
+# Grafana's dashboards and docs/metrics.md, from the registry.
+dashboards: setup
+	@$(RUN) -W ignore monitoring/build.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,7 +3,8 @@
     python benchmarks/scrape.py [--ranks 512] [--scrapers 20] [--seconds 10]
 
 The endpoint serves every metric of the registry and five series for each rank. Ten times a second it hears that a step is
-over, and every tenth time it is written to, as by a loop that logs every ten steps. The scrapers are processes of their own and read without a pause, unless --pause gives one.
+over, and every tenth time it is written to, as by a loop that logs every ten steps. The scrapers are processes of their own
+and read without a pause, unless --pause gives one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes the Grafana dashboards: python monitoring/build.py [FOLDER]. Needs grafana-foundation-sdk (in the dev extra).
+"""Writes the Grafana dashboards and docs/metrics.md: make dashboards. Needs grafana-foundation-sdk (in the dev extra).
 
 Every query, unit and help text follows from the metric registry and the pages; the files in grafana/dashboards are what this
 writes, and a test says when they are not.
@@ -19,18 +19,20 @@ if not __package__:  # started as a file: the folder above holds the packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from monitoring.pages import DASHBOARDS
+from monitoring.reference import page as reference_page
 from nepa_dist.metrics import registry
 from nepa_dist.metrics.metric import Metric
 from nepa_dist.metrics.panels import RUN, Dashboard, Panel
 
 FOLDER = Path(__file__).parent / "grafana/dashboards"
+REFERENCE = Path(__file__).parents[1] / "docs/metrics.md"
 WIDTH, HEIGHT = 8, 8
 """Of a panel, in Grafana's grid of 24 columns."""
 UNITS = {"seconds": "s", "bytes": "bytes", "ratio": "percentunit", "FLOP/s": "flops"}
 _SIGNED = ("embedding_", "prediction_", "cross_image_")
 """Ratios that are cosines or skills: shown as numbers, for they are no shares."""
-_NOT_IN_TYPES = {"auto", "auto_min", "auto_count"}
-"""Keys of variables that the SDK writes and Grafana's types do not know."""
+_NOT_IN_TYPES = {"auto", "auto_min", "auto_count", "placement"}
+"""Keys of variables and links that the SDK writes and the types of our Grafana do not know (check_schema.sh)."""
 
 
 def queries(panel: Panel) -> list[tuple[str, str]]:
@@ -144,9 +146,9 @@ def build(page: Dashboard) -> str:
             built = built.with_panel(_panel(panel, column * WIDTH, y + row * HEIGHT).id(number))
         y += -(-len(panels) // 3) * HEIGHT
     content = json.loads(JSONEncoder(sort_keys=True, indent=2).encode(built.build()))
-    for variable in content["templating"]["list"]:
+    for item in (*content["templating"]["list"], *content["links"]):
         for key in _NOT_IN_TYPES:
-            variable.pop(key, None)
+            item.pop(key, None)
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
@@ -160,4 +162,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
+    main(FOLDER)
+    REFERENCE.write_text(reference_page(), encoding="utf-8")
+    print(REFERENCE)

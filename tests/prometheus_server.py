@@ -21,12 +21,12 @@ needs_prometheus = pytest.mark.skipif(shutil.which("prometheus") is None, reason
 
 
 class Prometheus:
-    """Runs with the project's own configuration, but for shorter intervals."""
+    """Runs with the project's own configuration, but for shorter intervals unless ``seconds`` is 15."""
 
-    def __init__(self, folder: Path, targets: Path) -> None:
+    def __init__(self, folder: Path, targets: Path, seconds: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         text = (MONITORING / "prometheus.yml").read_text()
-        for old, new in (("15s", "1s"), ("refresh_interval: 10s", "refresh_interval: 1s")):
+        for old, new in (("15s", f"{seconds}s"), ("refresh_interval: 10s", "refresh_interval: 1s")):
             assert old in text
             text = text.replace(old, new)
         (folder / "prometheus.yml").write_text(text)

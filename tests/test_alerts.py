@@ -177,6 +177,34 @@ def test_every_alert_has_a_scenario():
     assert covered == set(ALERTS)
 
 
+RECORDINGS = {
+    "healthy_live1": set(),
+    "healthy_live2": set(),
+    "data_stall": {"NepaStalled"},
+    "slow_data": {"NepaDataWait"},
+    "killed_rank": {"NepaTargetDown", "NepaRunGone"},
+}
+"""What must fire, and nothing else, on what a real Prometheus saw of real runs (tests/record_alerts.py)."""
+
+
+def played(values):
+    """Values of one series as promtool takes them: one that is gone ends."""
+    texts, there = [], False
+    for value in values:
+        texts.append(repr(value) if value is not None else "stale" if there else "_")
+        there = value is not None
+    return " ".join(texts)
+
+
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_recordings_of_runs_that_were_hurt(tmp_path, name):
+    recording = json.loads((CURVES.parent / f"alerts/{name}.json").read_text())
+    up = recording.pop("up")
+    series = [series_of(key, played(values)) for key, values in recording.items()]
+    series.append({"series": f"up{{{LABELS}}}", "values": played(up)})
+    assert fired(tmp_path, series, len(up) // 4 + 1) == RECORDINGS[name]
+
+
 RECORDED = {
     "healthy1": set(),
     "healthy2": set(),

@@ -6,6 +6,7 @@ import re
 import pytest
 import yaml
 
+from monitoring import reference
 from nepa_dist.metrics.registry import METRICS, prometheus_name
 from prometheus_server import MONITORING, ROOT, needs_promtool
 
@@ -104,10 +105,15 @@ def test_the_files_are_what_build_writes(tmp_path):
     assert [path.name for path in sorted(tmp_path.iterdir())] == [path.name for path in DASHBOARDS]
     for path in DASHBOARDS:
         content = json.loads(path.read_text())
-        assert content == json.loads((tmp_path / path.name).read_text()), "run python monitoring/build.py"
+        assert content == json.loads((tmp_path / path.name).read_text()), "run make dashboards"
         # The SDK drops what Grafana's schema does not know.
         again = json.loads(json.dumps(Dashboard.from_json(content), default=lambda value: value.to_json()))
         assert keys(content) <= keys(again)
+
+
+def test_the_page_of_all_metrics_is_what_the_registry_says():
+    assert (ROOT / "docs/metrics.md").read_text() == reference.page(), "run make dashboards"
+    assert reference.page().count("\n| `nepa_") == len(METRICS)
 
 
 def keys(value, prefix=""):
