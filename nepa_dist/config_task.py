@@ -37,6 +37,11 @@ class FinetuneConfig(Section):
     cutmix_probability: Share = 0.5
     """Share of mixed micro-batches that get cutmix where both are on (released)."""
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed at all."""
+        return self.mix_probability > 0 and (self.mixup > 0 or self.cutmix > 0)
+
 
 class SegmentConfig(Section):
     """Semantic segmentation with UPerNet on the backbone's intermediate outputs."""

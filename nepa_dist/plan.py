@@ -28,7 +28,8 @@ def make_plan(config: Config, num_samples: int) -> Plan:
         num_samples: images in the training split.
 
     Raises:
-        ConfigError: the global batch does not divide; the message names the nearest values that do.
+        ConfigError: the global batch does not divide, and the message names the nearest values that do; or a micro-batch has
+            nothing to mix.
     """
     if problems := batch_problems(config):
         raise ConfigError(problems)
@@ -36,6 +37,9 @@ def make_plan(config: Config, num_samples: int) -> Plan:
         raise ConfigError([f"data.source {config.data.source!r} holds no images"])
     share = config.global_batch_size // config.cluster.world_size
     micro = config.micro_batch_size or max(d for d in range(1, min(share, 128) + 1) if share % d == 0)
+    if micro == 1 and config.task == "finetune" and config.finetune.mixes:
+        problem = "mixup and cutmix need two images in a micro-batch, and micro_batch_size is 1: "
+        raise ConfigError([problem + "make it even, or set finetune.mixup=0 and finetune.cutmix=0"])
     steps = config.steps or max(1, round(config.epochs * num_samples / config.global_batch_size))
     optim = config.optim
     if problems := _warmup_problems(config, steps):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nepa_dist.config import Config, FinetuneConfig, ModelConfig
+from nepa_dist.config import Config, ConfigError, FinetuneConfig, ModelConfig
 from nepa_dist.config_load import load_config
 from nepa_dist.optim import learning_rate
 from nepa_dist.plan import make_plan
@@ -106,6 +106,16 @@ def test_the_papers_layer_decay_rises_to_one():
         assert learning_rate(plan.steps - 1, plan, config.optim, 9) == pytest.approx(
             learning_rate(plan.steps - 1, plan, config.optim, 0), rel=1e-3
         )
+
+
+@pytest.mark.parametrize(("off", "fine"), [([], False), (["finetune.mixup=0", "finetune.cutmix=0"], True)])
+def test_a_single_image_has_no_partner_to_mix_with(off, fine):
+    config = load_config(overrides=["global_batch_size=4", "micro_batch_size=1", "steps=9", *off], base={"task": "finetune"})
+    if fine:
+        assert make_plan(config, 100).micro_batch_size == 1
+        return
+    with pytest.raises(ConfigError, match="mixup and cutmix need two images in a micro-batch"):
+        make_plan(config, 100)
 
 
 def test_scores_count_every_labelled_image_once():
