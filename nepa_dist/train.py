@@ -171,7 +171,11 @@ def train(
             _start_knn(knn, run, reporter)
         _tell_knn(knn, run, reporter)
         if validator is not None and validating and not stopping:
-            stopping = not validator.validate(reporter, watchdog)
+            try:
+                stopping = not validator.validate(reporter, watchdog)
+            except RunAborted:
+                saver.start()  # what was trained is not lost with what could not be measured
+                raise
         if saving or stopping:
             state.preemptions += stopping
             saver.start()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from images import image_folder
 from jobs import pipeline_report
 from nepa_dist.checkpoint.store import CheckpointStore
 from nepa_dist.metrics.sinks import read_curve
@@ -250,3 +251,23 @@ def test_the_best_weights_can_be_loaded(whole):
     with torch.inference_mode():
         scores = trained.task.logits(torch.zeros(1, 3, 32, 32))
     assert (scores if task == "finetune" else scores.logits).shape[1] == (10 if task == "finetune" else 11)
+
+
+def test_a_validation_that_cannot_score_loses_no_step(pretrained, tmp_path):
+    image_folder(tmp_path / "data" / "train", num_classes=2, per_class=6, size=(40, 40))
+    image_folder(tmp_path / "data" / "val", num_classes=2, per_class=3, size=(40, 40))
+    good = {path: path.read_bytes() for path in (tmp_path / "data" / "val").rglob("*.jpg")}
+    for path in good:
+        path.write_bytes(b"broken")
+    run_dir = tmp_path / "run"
+    more = ["data.expected_num_samples=null", "global_batch_size=6", "steps=4", "evaluate.every_epochs=2"]
+    options = ["--data", str(tmp_path / "data"), "--init", str(pretrained)]
+    failed = run("finetune", run_dir, *more, options=options)
+    assert failed.returncode == 1, failed.stderr
+    assert "validation at step 4: there is nothing to score" in failed.stderr
+    assert state_of(run_dir)[0]["step"] == 4
+    for path, content in good.items():
+        path.write_bytes(content)
+    again = run("finetune", run_dir, *more, options=options)
+    assert again.returncode == 0, again.stderr
+    assert "validation at step 4: eval_loss" in again.stderr
