@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jobs import scheduler
-from jobs.runs import JOB, newest_checkpoint, read_json, read_outcome, read_progress, tail_rows
+from jobs.runs import JOB, named_run, newest_checkpoint, read_json, read_outcome, read_progress, tail_rows
 from jobs.scheduler import QueueEntry, SchedulerError
 
 _SKIPPED = {"code", "checkpoints", "figures", "logs", "best", JOB}
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python jobs/submit.py status", description="One line per run: where it stands, and why.", allow_abbrev=False
     )
-    parser.add_argument("folder", nargs="*", type=Path, help="of runs, pipelines or sweeps; default: runs")
+    parser.add_argument("folder", nargs="*", type=named_run, help="of runs, pipelines or sweeps; default: runs")
     args = parser.parse_args(argv)
     folders = list(dict.fromkeys(found for folder in args.folder or [Path("runs")] for found in find_runs(folder)))
     if not folders:
