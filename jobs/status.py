@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -164,7 +165,7 @@ def _in_words(state: str) -> str:
 
 def _detail(text: str) -> str:
     line = next(iter(text.splitlines()), "")
-    return f" ({line[:100]})" if line else ""
+    return f" ({textwrap.shorten(line, 70, placeholder='...')})" if line else ""
 
 
 def _has_no_end(folder: Path) -> bool:
