@@ -6,6 +6,8 @@
 #   silence       what an exit code 0 means without an outcome.json
 #   max_stalled   times in a row that the job may come back without a newer checkpoint
 
+OUT_OF_MEMORY='oom.kill\|out of memory\|exceeded memory limit'
+
 newest_checkpoint() {
   local name newest=""
   for name in "$run/checkpoints/step-"*; do
@@ -40,7 +42,9 @@ begin() {
   mkdir -p "$job" "$run/logs" # srun makes no folders
   trap : TERM USR1 USR2 # the ranks get the signals too, and this script waits for what they make of them
   log_start=$(($(stat -c %s "$log" 2>/dev/null || echo 0) + 1))
-  rank_start=$(($(stat -c %s "$run/logs/rank-0.txt" 2>/dev/null || echo 0) + 1))
+  local size file
+  declare -gA rank_start=()
+  while read -r size file; do rank_start[$file]=$((size + 1)); done < <(stat -c '%s %n' "$run/logs/rank-"*.txt 2>/dev/null)
   lost=$(tail -n 1 "$job/attempts.jsonl" 2>/dev/null | sed -n 's/^{"event": "start".*"job": "\([0-9]*\)".*/\1/p')
   [ -z "$lost" ] || note lost why "$(json "$(state_of_lost "$lost")")"
   rm -f "$job/outcome.json"
@@ -48,6 +52,15 @@ begin() {
   step_before=$(newest_checkpoint)
   note start nodes "$(json "$SLURM_JOB_NODELIST")" checkpoint "$(json "$step_before")"
   echo "--- $(date -u +%FT%TZ) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
+}
+
+# rank_says FILE: what a rank has said in this start.
+rank_says() { tail -c "+${rank_start[$1]:-1}" "$1" 2>/dev/null; }
+
+# step_messages: what SLURM's daemons of the nodes have written between the lines of the ranks.
+step_messages() {
+  local file
+  for file in "$run/logs/rank-"*.txt; do rank_says "$file" | grep 'slurmstepd.*: error: '; done
 }
 
 # why CODE MESSAGES: how the ranks ended, in words.
@@ -62,7 +75,7 @@ why() {
     echo "$kind"
   elif [ -n "$(find "$run/logs" -name 'hang-rank-*.txt' -size +0 -newer "$job/started" 2>/dev/null)" ]; then
     echo "hung" # logs/hang-rank-*.txt shows where
-  elif grep -qi 'oom.kill\|out of memory' <<<"$2"; then
+  elif grep -qi "$OUT_OF_MEMORY" <<<"$2"; then
     echo "out of memory"
   elif grep -qi 'node failure\|node_fail' <<<"$2"; then
     echo "node failure"
@@ -84,9 +97,12 @@ end() {
   local code=$1 messages reason detail step stalled=0 again=false
   trap '' TERM USR1 USR2 # a trap does not hold in what this function calls, and SLURM may be ending the job already
   messages=$(tail -c "+$log_start" "$log")
+  [ "$code" = 0 ] || messages+=$'\n'$(step_messages)
   reason=$(why "$code" "$messages")
   if [ "$reason" = stopped ]; then
-    detail=$(tail -c "+$rank_start" "$run/logs/rank-0.txt" 2>/dev/null | grep -o 'stopped by SIG[A-Z0-9]*' | tail -n 1)
+    detail=$(rank_says "$run/logs/rank-0.txt" | grep -o 'stopped by SIG[A-Z0-9]*' | tail -n 1)
+  elif [ "$reason" = "out of memory" ]; then
+    detail=$(grep -m 1 -i "$OUT_OF_MEMORY" <<<"$messages")
   else
     detail=$(grep -m 1 'srun: error: ' <<<"$messages")
   fi

@@ -63,8 +63,8 @@ def check_queue(context: Context) -> Iterator[Finding]:
     if entry is None or entry.state not in scheduler.ACTIVE:
         yield good(f"job {number} of this run is over")
     else:
-        stop = f"python jobs/submit.py cancel {context.run_dir}"
-        yield problem(f"job {number} of this run is {entry.state.lower()}: wait, {stop}, or give another --name")
+        end = f"end it (python jobs/submit.py cancel {context.run_dir})"
+        yield problem(f"job {number} of this run is {entry.state.lower()}: wait for it, {end}, or give another --name")
 
 
 def check_partition(context: Context) -> Iterator[Finding]:

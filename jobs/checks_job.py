@@ -93,11 +93,14 @@ def check_container(context: Context) -> Iterator[Finding]:
         if not Path(folder).exists():
             wrong = True
             yield problem(f"cluster.container_mounts: {folder} does not exist")
-    source = context.config.data.source
     mounts = [Path(text.split(":")[0]) for text in (str(_job_folder(context)), *where.container_mounts)]
-    if source and os.path.isabs(source) and not any(Path(source).is_relative_to(folder) for folder in mounts):
-        wrong = True
-        yield problem(f"the data {source} is in no folder of cluster.container_mounts: add it")
+    needed = {"data": context.config.data.source, "--init": context.config.init.path}
+    if where.secrets and where.container_runtime == "pyxis":  # which does not mount the home of the user, as apptainer does
+        needed["file of secrets"] = os.path.expanduser(where.secrets_file)
+    for what, place in needed.items():
+        if place and os.path.isabs(place) and not any(Path(place).is_relative_to(folder) for folder in mounts):
+            wrong = True
+            yield problem(f"the {what} {place} is in no folder of cluster.container_mounts: add it")
     if not wrong:
         yield good(f"{image} with {where.container_runtime}")
 

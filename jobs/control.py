@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jobs import scheduler
 from jobs.launch import LaunchError, launch_local, resubmit
-from jobs.runs import JOB, is_finished, newest_checkpoint, read_json
+from jobs.runs import JOB, is_finished, named_run, newest_checkpoint, read_json
 from jobs.scheduler import SchedulerError
 from jobs.status import find_runs, running_here
 from nepa_dist.config import Config, ConfigError
@@ -199,13 +199,13 @@ def _parser(command: str) -> argparse.ArgumentParser:
     }
     parser = argparse.ArgumentParser(prog=f"python jobs/submit.py {command}", description=what[command], allow_abbrev=False)
     if command == "logs":
-        parser.add_argument("run", type=Path, help="folder of the run")
+        parser.add_argument("run", type=named_run, help="folder of the run")
         parser.add_argument("-f", "--follow", action="store_true", help="go on with what it says from now on")
         parser.add_argument("--rank", type=int, metavar="R", help="of one rank; default: of rank 0, after those of the job")
         parser.add_argument("-n", "--lines", type=int, default=30, metavar="N", help="of the end (30)")
         return parser
     of_several = "" if command == "resume" else ", pipeline or sweep"
-    parser.add_argument("run", nargs="+", type=Path, help=f"folder of a run{of_several}")
+    parser.add_argument("run", nargs="+", type=named_run, help=f"folder of a run{of_several}")
     if command == "stop":
         save = "the default; --no-save is cancel"
         parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help=save)

@@ -173,6 +173,7 @@ def _run(where: ClusterConfig, folder: Path) -> str:
         "nodes": where.nodes,
         "ntasks-per-node": where.gpus_per_node,
         "cpus-per-task": where.cpus_per_gpu,
+        "mem": where.mem,
         "partition": where.partition,
         "account": where.account,
         "qos": where.qos,

@@ -14,7 +14,7 @@ from jobs.cluster import REPO_ROOT
 from jobs.control import read_config
 from jobs.launch import note_job
 from jobs.options import CONFIGS, recipe_names, with_value
-from jobs.runs import newest_checkpoint, read_json
+from jobs.runs import named_run, newest_checkpoint, read_json
 from jobs.slurm import Job, SubmitError
 from jobs.snapshot import read_code, write_snapshot
 from nepa_dist.config import ClusterConfig, Config, ConfigError
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> tuple[int, list[str]]:
         description="Probe the frozen features of pretraining runs; further options are those of python -m nepa_dist.evaluate.",
         allow_abbrev=False,
     )
-    parser.add_argument("run", nargs="+", type=Path, help="folder of a run")
+    parser.add_argument("run", nargs="+", type=named_run, help="folder of a run")
     parser.add_argument("--cluster", default="local", help=f"{', '.join(recipe_names('cluster'))}; default: local")
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="settings of the cluster (YAML)")
     known = list(argv)

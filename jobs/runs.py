@@ -50,6 +50,12 @@ class Progress(NamedTuple):
     """When the line was written, Unix seconds."""
 
 
+def named_run(text: str) -> Path:
+    """The folder that a user means: a path, or a name as ``status`` shows it, below ``runs``."""
+    path = Path(text)
+    return path if path.exists() or not (Path("runs") / path).exists() else Path("runs") / path
+
+
 def write_outcome(run_dir: Path, kind: str, detail: str = "") -> None:
     """Note how the ranks of a run have ended. Of errors the first counts: the others may have failed because of it."""
     path = run_dir / OUTCOME

@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jobs import scheduler
-from jobs.runs import JOB, newest_checkpoint, read_json, read_outcome, read_progress, tail_rows
+from jobs.runs import JOB, named_run, newest_checkpoint, read_json, read_outcome, read_progress, tail_rows
 from jobs.scheduler import QueueEntry, SchedulerError
 
 _SKIPPED = {"code", "checkpoints", "figures", "logs", "best", JOB}
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python jobs/submit.py status", description="One line per run: where it stands, and why.", allow_abbrev=False
     )
-    parser.add_argument("folder", nargs="*", type=Path, help="of runs, pipelines or sweeps; default: runs")
+    parser.add_argument("folder", nargs="*", type=named_run, help="of runs, pipelines or sweeps; default: runs")
     args = parser.parse_args(argv)
     folders = list(dict.fromkeys(found for folder in args.folder or [Path("runs")] for found in find_runs(folder)))
     if not folders:
@@ -164,7 +165,7 @@ def _in_words(state: str) -> str:
 
 def _detail(text: str) -> str:
     line = next(iter(text.splitlines()), "")
-    return f" ({line[:100]})" if line else ""
+    return f" ({textwrap.shorten(line, 70, placeholder='...')})" if line else ""
 
 
 def _has_no_end(folder: Path) -> bool:

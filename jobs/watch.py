@@ -12,8 +12,8 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
+from jobs.runs import named_run
 from nepa_dist.metrics.registry import lookup
 from nepa_dist.metrics.sinks import read_curve
 
@@ -30,7 +30,7 @@ _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 def main(argv: Sequence[str]) -> int:
     """Parse, then draw; returns the exit code, 2 for a mistake to correct."""
     parser = argparse.ArgumentParser(prog="python jobs/submit.py watch", description="The curves of a run, in the terminal.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("run", type=named_run, metavar="RUN", help="folder of the run")
     parser.add_argument(
         "--key", action="append", metavar="KEY", help="a metric to show, again for more (default: the main ones)"
     )

@@ -85,6 +85,7 @@ SAVE = 'mkdir -p "$run/checkpoints/step-00000020"'
         (137, "", "srun: error: node2: task 1: Killed", "killed by SIGKILL", True),
         (137, "crashed", "srun: error: node2: task 1: Killed", "killed by SIGKILL", True),
         (137, "", "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=7.0", "out of memory", True),
+        (137, "", "slurmstepd-node1: error: StepId=7.0 exceeded memory limit (9 > 5), being killed", "out of memory", True),
         (137, "", "srun: error: Node failure on node2", "node failure", True),
         (
             143,
@@ -145,6 +146,18 @@ def test_a_start_that_ended_without_a_word_gets_the_reason_from_the_accounting(j
         ("start", None),
         ("end", "finished"),
     ]
+
+
+def test_what_slurm_says_between_the_lines_of_a_rank_counts(job: Job) -> None:
+    """The daemon of a node writes to the output of the step, which goes to the logs of the ranks."""
+    said = "slurmstepd-node1: error: StepId=7.0 exceeded memory limit (9 > 5), being killed"
+    for rank in (0, 13):
+        job.attempt(137, f"echo 'srun: error: node1: task 0: Killed'; echo '{said}' >>\"$run/logs/rank-{rank}.txt\"; {SAVE}")
+        assert (job.record[-1]["why"], job.record[-1]["detail"]) == ("out of memory", said)
+    job.attempt(137, "echo 'srun: error: node1: task 0: Killed'")
+    assert job.record[-1]["why"] == "killed by SIGKILL", "what the ranks' logs hold is of the starts before"
+    job.attempt(1, "echo 'RuntimeError: out of memory, says a rank' >>\"$run/logs/rank-0.txt\"", outcome="crashed")
+    assert job.record[-1]["why"] == "crashed", "a GPU that is full is an error of the program"
 
 
 def test_what_stopped_a_run_is_noted(job: Job) -> None:

@@ -109,6 +109,19 @@ def test_what_cannot_be_asked_is_skipped(desk: Desk, tmp_path: Path) -> None:
     assert "skipped  account" in text
 
 
+def test_what_a_container_does_not_see_is_found(desk: Desk, tmp_path: Path) -> None:
+    image_folder(tmp_path / "images" / "train", num_classes=1, per_class=3)
+    (tmp_path / "x.sqsh").touch()
+    words = ("--data", "images", "--init", "old", "--set", "cluster.secrets=[TOKEN]")
+    box = ("--set", f"cluster.container={tmp_path}/x.sqsh")
+    text = desk(*words, *box)
+    for what, place in (("data", "images"), ("--init", "old"), ("file of secrets", ".config/nepa-dist/secrets")):
+        assert f"the {what} {tmp_path}/{place} is in no folder of cluster.container_mounts: add it" in text
+    assert "file of secrets" not in desk(*words, *box, "--set", "cluster.container_runtime=apptainer")
+    text = desk(*words, *box, "--set", f"cluster.container_mounts=[{tmp_path}]")
+    assert f"{tmp_path}/x.sqsh with pyxis" in text
+
+
 def test_slurm_has_the_last_word(desk: Desk, tmp_path: Path) -> None:
     (tmp_path / "bin" / "refuse").touch()
     assert "sbatch refused the job: sbatch: error: too much" in desk()

@@ -177,6 +177,18 @@ def test_logs_show_the_job_and_a_rank(desk: Path, capsys: pytest.CaptureFixture[
     assert submit.main(["logs", "runs/nothing"]) == 2
 
 
+def test_a_run_may_be_called_as_status_shows_it(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run("p/pretrain", job="41", step=5)
+    (run / "logs" / "rank-0.txt").write_text("hello\n")
+    for name in ("p/pretrain", "runs/p/pretrain"):
+        assert submit.main(["logs", name]) == 0
+        assert "hello" in capsys.readouterr().out
+        assert submit.main(["status", name]) == 0
+        assert "p/pretrain" in capsys.readouterr().out
+    assert submit.main(["cancel", "p"]) == 0
+    assert (desk / "scancel-calls").read_text() == "41\n"
+
+
 def test_logs_can_be_followed(desk: Path) -> None:
     run = make_run("a", job="41")
     log = run / "logs" / "rank-0.txt"

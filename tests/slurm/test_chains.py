@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
 from conftest import Desk
 
 from images import image_folder
+from jobs.runs import read_scores
 
 STAGES = ("--set", "steps=3", "--set", "optim.warmup_steps=1", "--set", "model.depth=4", "--set", "evaluate.max_samples=20")
 OTHER_IMAGES = (
@@ -56,6 +58,28 @@ def test_a_failing_stage_ends_the_rest_and_the_same_command_goes_on(desk: Desk) 
         assert words in report
     text = desk.submit("status", "runs/p")
     assert text.count("finished") == 3
+
+
+def test_data_is_prepared_by_an_array_and_what_it_wrote_can_be_trained_on_and_probed(desk: Desk) -> None:
+    image_folder(desk.folder / "images" / "train", num_classes=3, per_class=8, size=(70, 70))
+    image_folder(desk.folder / "images" / "val", num_classes=3, per_class=2, size=(70, 70))
+    words = ("--array", "2", "--shards", "2", "--time", "10", "--mem", "1G", "--cpus-per-task", "1")
+    text = desk.submit("prepare", "images", "packed", *words)
+    first, second = re.findall(r"job (\d+)", text)[:2]
+    desk.wait_for_end(first, second)
+    assert desk.submit("prepare", "images", "packed", *words, "--print").count("--array") >= 1
+    small = ("--set", "model.image_size=64", "--set", "model.patch_size=8", "--set", "global_batch_size=8")
+    where = ("--config", str(desk.site), "--nodes", "1", "--cluster", "slurm", "--gpus-per-node", "1")
+    more = ("--set", "steps=2", "--set", "model.depth=1", "--set", "optim.warmup_steps=1", "--set", "engine.precision=fp32")
+    text = desk.submit("pretrain", "vit_tiny", "--data", "packed", "--name", "t", *where, *small, *more)
+    desk.wait_for_end(*re.findall(r"submitted job (\d+)", text))
+    assert desk.record("t")[-1]["why"] == "finished", desk.picture()
+
+    options = ("--", "--probes", "knn", "--num-train", "12", "--num-test", "4", "--k", "3")
+    text = desk.submit("probe", "runs/t", "--cluster", "slurm", "--config", str(desk.site), *options)
+    desk.wait_for_end(*re.findall(r"submitted job (\d+)", text))
+    assert (desk.run("t") / "evaluation.json").exists(), (desk.run("t") / "probe" / "log.txt").read_text()
+    assert "knn_3" in read_scores(desk.run("t"))
 
 
 SWEEP = """\

@@ -168,6 +168,14 @@ def rank_process(desk: Desk, job: str, rank: str) -> int:
     pytest.fail(f"no process of rank {rank}\n{desk.picture()}")
 
 
+def test_a_job_that_needs_more_memory_than_it_has_says_so(desk: Desk) -> None:
+    job = desk.train("memory", *slow(), "--mem", "100M", "--set", "cluster.max_stalled_starts=1", nodes=1)
+    desk.wait_for_end(job)
+    assert ends(desk, "memory") == ["out of memory", "out of memory"], desk.picture()
+    assert not desk.record("memory")[-1]["again"]
+    assert "ended: out of memory (" in desk.submit("status")
+
+
 def test_a_job_without_progress_does_not_come_back_for_ever(desk: Desk) -> None:
     job = desk.train("stalled", *slow(), "--set", "cluster.max_stalled_starts=1", nodes=1)
     for number in (1, 2):
