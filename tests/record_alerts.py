@@ -92,8 +92,13 @@ class Run:
 
 
 def kill_a_rank(run: Run, _: float) -> None:
-    """One rank is gone at once, as when its node dies."""
+    """One rank is gone at once: the others end with an error, and take the target away."""
     os.kill(run.rank(1), signal.SIGKILL)
+
+
+def kill_the_node(run: Run, _: float) -> None:
+    """All of it is gone at once: nobody takes the target away."""
+    run.end()
 
 
 def stop_the_data(run: Run, _: float) -> None:
@@ -117,10 +122,10 @@ def nothing(_run: Run, _end: float) -> None:
 
 WHAT: dict[str, tuple[Callable[[Run, float], None], int]] = {
     "killed_rank": (kill_a_rank, 780),
+    "killed_node": (kill_the_node, 780),
     "data_stall": (stop_the_data, 270),
     "slow_data": (slow_the_data, 540),
-    "healthy_live1": (nothing, 200),
-    "healthy_live2": (nothing, 200),
+    "healthy_live": (nothing, 200),
 }
 """What is done to a run, and for how many seconds after it Prometheus looks on."""
 
