@@ -145,7 +145,8 @@ def breakdown(step: Callable[[], Tensor], device: torch.device) -> dict[str, flo
         wall = time.perf_counter() - start
     seconds = dict.fromkeys(KINDS, 0.0)
     for event in profiler.key_averages():
-        if (event.device_type == DeviceType.CUDA) == cuda:
+        # A range that was named, such as an optimizer's step, spans kernels that count by themselves.
+        if (event.device_type == DeviceType.CUDA) == cuda and not (cuda and event.is_user_annotation):
             spent = event.self_device_time_total if cuda else event.self_cpu_time_total
             seconds[kind_of(event.key)] += spent / 1e6
     seconds["idle"] = max(0.0, wall - sum(seconds.values()))
