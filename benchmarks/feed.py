@@ -58,7 +58,9 @@ def share_waited(batches: Iterable[object], seconds_per_step: float, warmup: int
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.feed", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="training split, prepared or of images")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FOLDER", help="prepared, or images: the folder that holds train"
+    )
     parser.add_argument("--rates", type=float, nargs="+", default=[100, 200, 400], help="images per second of the device")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--image-size", type=int, default=224)

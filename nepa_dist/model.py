@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nepa_dist.attention import Attend, sdpa
 from nepa_dist.config import ModelConfig
 from nepa_dist.keyed import keyed_seed
+from nepa_dist.linear import Linear
 
 
 class Features(NamedTuple):
@@ -85,13 +86,13 @@ class Attention(nn.Module):
         super().__init__()
         D, K = config.embed_dim, config.head_dim
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(D, 3 * D, bias=config.qkv_bias)
+        self.qkv = Linear(D, 3 * D, bias=config.qkv_bias)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         if config.qk_norm:
             self.q_norm = nn.LayerNorm(K, config.norm_eps, elementwise_affine=config.qk_norm_affine, bias=False)
             self.k_norm = nn.LayerNorm(K, config.norm_eps, elementwise_affine=config.qk_norm_affine, bias=False)
-        self.proj = nn.Linear(D, D)
+        self.proj = Linear(D, D)
         self.attend: Attend = sdpa
 
     def heads(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,10 +122,10 @@ class Mlp(nn.Module):
         self.activation = F.silu if config.activation == "silu" else F.gelu
         self.gated = config.gated_mlp
         if config.gated_mlp:
-            self.gate_up = nn.Linear(D, 2 * hidden)
+            self.gate_up = Linear(D, 2 * hidden)
         else:
-            self.up = nn.Linear(D, hidden)
-        self.down = nn.Linear(hidden, D)
+            self.up = Linear(D, hidden)
+        self.down = Linear(hidden, D)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:

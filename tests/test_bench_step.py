@@ -106,3 +106,9 @@ def test_ratios_are_taken_within_rounds():
 )
 def test_kernels_are_told_apart_by_name(name, kind):
     assert kind_of(name) == kind
+
+
+def test_a_difference_of_the_implementations_shows(small_model, monkeypatch):
+    config = step.make_config("vit_b_gelu", 2, 1)
+    monkeypatch.setattr("benchmarks.plain_nepa.apply_rope", lambda x, cos, sin: x)
+    assert reference.loss_difference(config, step.random_images(3, 32, torch.device("cpu"))) > 2 * reference.TOLERANCE

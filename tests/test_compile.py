@@ -116,3 +116,27 @@ def test_a_cache_of_ones_own_is_respected(monkeypatch, tmp_path):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     keep_compiled(tmp_path)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+
+
+def saved_for_backward(loss):
+    """Shape and dtype of what the loss keeps of bf16 predictions and targets [2, 9, 64] until backward."""
+    saved = []
+    hidden = torch.randn(2, 9, 64, dtype=torch.bfloat16, requires_grad=True)
+    embed = torch.randn(2, 9, 64, dtype=torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append((x.numel(), x.dtype)) or x, lambda x: x):
+        value = loss(hidden, embed, shift=True, stop_grad=True)
+    value.backward()
+    return value.item(), hidden.grad, saved
+
+
+def test_the_compiled_loss_keeps_no_copies_in_fp32():
+    task = build_task(Config.model_validate({"model": SMALL | {"depth": 1}}))
+    torch.manual_seed(0)
+    value, gradient, saved = saved_for_backward(task._loss)
+    assert any(numel >= 2 * 8 * 64 and dtype == torch.float32 for numel, dtype in saved)
+    task.compile_loss()
+    torch.manual_seed(0)
+    compiled_value, compiled_gradient, compiled_saved = saved_for_backward(task._loss)
+    assert not any(numel >= 2 * 8 * 64 and dtype == torch.float32 for numel, dtype in compiled_saved)
+    assert compiled_value == pytest.approx(value, abs=1e-6)
+    torch.testing.assert_close(compiled_gradient, gradient, atol=1e-5, rtol=1e-2)

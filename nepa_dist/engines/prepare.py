@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from nepa_dist.attention import choose_attention
 from nepa_dist.config import ConfigError, EngineConfig
+from nepa_dist.linear import Linear, prefers_onednn
 
 if TYPE_CHECKING:
     from nepa_dist.tasks.base import Task
@@ -28,6 +29,7 @@ KEPT = {
     _aten.addmm.default,
     _aten.bmm.default,
     _aten.baddbmm.default,
+    torch.ops.nepa_dist.linear.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_efficient_attention.default,
@@ -57,6 +59,10 @@ def prepare(task: Task, config: EngineConfig, device: torch.device) -> None:
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     task.backbone.patch_embed.as_matmul = config.patch_embed == "matmul"
+    onednn = device.type == "cpu" and config.precision == "fp32" and prefers_onednn()
+    for part in task.backbone.modules():
+        if isinstance(part, Linear):
+            part.onednn = onednn
     for block in cast(Any, task.backbone.blocks):
         block.attn.attend = attend
         forward: Callable[..., Any] = block.forward
