@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nepa_dist.config import DataConfig
-from nepa_dist.data.containers import open_container
 from nepa_dist.data.loader import TrainLoader
+from nepa_dist.data.open import open_container
 
 
 class Device:

@@ -124,7 +124,7 @@ def stored(scratch: Path, corpus: Path, arm: Arm) -> Path:
 
 def _unpack(prepared: Path, folder: Path) -> Path:
     """The stored images of a prepared data set as files, class by class."""
-    from nepa_dist.data.containers import open_container
+    from nepa_dist.data.open import open_container
 
     container = open_container(str(prepared), "train", image_size=224)
     for i in range(len(container)):

@@ -25,9 +25,10 @@ from PIL import Image
 
 from nepa_dist.config import AugmentConfig, DataConfig
 from nepa_dist.data.augment import augment, random_resized_crop_box
-from nepa_dist.data.containers import FolderContainer, open_container
 from nepa_dist.data.decode import decode_image
+from nepa_dist.data.folder import FolderContainer
 from nepa_dist.data.loader import TrainLoader
+from nepa_dist.data.open import open_container
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 _WARM_UP_BATCHES = 4

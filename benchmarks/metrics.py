@@ -23,7 +23,7 @@ if not __package__:  # started as a file: the folder above holds the package
 import torch
 
 from nepa_dist.config import Config
-from nepa_dist.engines.base import build_engine
+from nepa_dist.engines.build import build_engine
 from nepa_dist.metrics.collapse import spectral_metrics
 from nepa_dist.plan import make_plan
 from nepa_dist.tasks.inspection import inspect

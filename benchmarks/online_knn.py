@@ -16,9 +16,9 @@ from statistics import median, quantiles
 import torch
 
 from nepa_dist.config import Config
-from nepa_dist.data.containers import open_split
 from nepa_dist.data.device import to_device
 from nepa_dist.data.loader import TrainLoader
+from nepa_dist.data.open import open_split
 from nepa_dist.online_knn import OnlineKnn
 from nepa_dist.tasks.pretrain import PretrainTask
 

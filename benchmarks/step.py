@@ -25,10 +25,10 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.rounds import KINDS, Arm, breakdown, file_stem, measure, place, ratio, spread
-from nepa_dist import presets
+from nepa_dist import cost, presets
 from nepa_dist.config import Config
 from nepa_dist.data.device import normalize
-from nepa_dist.engines.base import build_engine
+from nepa_dist.engines.build import build_engine
 from nepa_dist.engines.mesh import World, join_world, leave_world
 from nepa_dist.metrics.profile import peak_flops
 from nepa_dist.plan import make_plan
@@ -114,8 +114,7 @@ def utilisation(config: Config, images_per_second: float, peak: float) -> dict[s
     tokens = make_plan(config, 10**6).num_tokens
     rate = images_per_second / config.cluster.world_size / peak
     return {
-        kind: rate * presets.train_flops(config.model, num_tokens=tokens, causal=kind == "causal")
-        for kind in ("causal", "full")
+        kind: rate * cost.train_flops(config.model, num_tokens=tokens, causal=kind == "causal") for kind in ("causal", "full")
     }
 
 

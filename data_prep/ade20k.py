@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.sources import SourceError, Split, fingerprint, listed, one_line
-from nepa_dist.data.containers import EXTENSIONS
+from nepa_dist.data.folder import EXTENSIONS
 
 _FOLDERS = {"train": "training", "val": "validation"}
 _IMAGES = tuple(f".{extension}".encode() for extension in EXTENSIONS)

@@ -17,8 +17,9 @@ import numpy as np
 
 from data_prep.files import PrepError, UsageError, is_plain, sha256_of, sweep
 from data_prep.finish import ADOPTED, array_bytes, seal
-from data_prep.formats.base import CONTAINERS, Scan, ShardError, get_format
+from data_prep.formats.base import Scan, ShardError
 from data_prep.formats.mds import INDEX as MDS_INDEX
+from data_prep.formats.registry import CONTAINERS, get_format
 from data_prep.plan import PLAN, Container
 from data_prep.pool import Report, run
 from data_prep.progress import Meter

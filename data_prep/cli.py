@@ -11,10 +11,12 @@ from types import FrameType
 
 from data_prep import commands
 from data_prep.files import PrepError, UsageError
-from data_prep.formats.base import CONTAINERS, ShardError
+from data_prep.formats.base import ShardError
+from data_prep.formats.registry import CONTAINERS
+from data_prep.open_source import KINDS
 from data_prep.plan import PlanError
 from data_prep.policy import PolicyError
-from data_prep.sources import KINDS, SourceError
+from data_prep.sources import SourceError
 from data_prep.verify import LEVELS
 from nepa_dist.data.containers import DataError
 

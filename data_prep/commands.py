@@ -14,10 +14,11 @@ from typing import Any
 from data_prep.adopt import adopt
 from data_prep.cross_check import cross_check
 from data_prep.files import PrepError, UsageError, human_bytes, write_file
+from data_prep.open_source import open_source
 from data_prep.plan import PLAN, Plan, load_plan, make_plan
 from data_prep.pool import num_workers
 from data_prep.skip import keep_skip_list, read_skip_list, without_skipped
-from data_prep.sources import Source, SourceError, Split, open_source
+from data_prep.sources import Source, SourceError, Split
 from data_prep.stage import stage_split
 from data_prep.verify import LEVELS, Verification, class_counts, verify_split
 from data_prep.write import BadSamplesError, write_split

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.files import SUMS, sha256_of, to_sums, write_file
-from data_prep.formats.base import get_format
 from data_prep.formats.mds import INDEX as MDS_INDEX
+from data_prep.formats.registry import get_format
 from data_prep.parts import FOLDER as PARTS
 from data_prep.parts import Part, part_path, read_part, repair_lines
 from data_prep.plan import Plan

@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_prep.sources import SourceError, Split, one_line
-from nepa_dist.data.containers import DataError, FolderContainer, open_container
+from nepa_dist.data.containers import DataError
+from nepa_dist.data.folder import FolderContainer
+from nepa_dist.data.open import open_container
 
 
 class FolderSource:
     """Images of a folder, with the ids, names and labels that training on the folder has.
 
     Args:
-        root: see :func:`nepa_dist.data.containers.open_container`.
+        root: see :func:`nepa_dist.data.open.open_container`.
         split: which part.
 
     Raises:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from data_prep.imagenet_labels import DEVKIT, WNID, Devkit, read_devkit, read_val_labels
 from data_prep.sources import SourceError, Split, fingerprint, listed, one_line
 from data_prep.tarscan import Member, scan
-from nepa_dist.data.containers import EXTENSIONS
+from nepa_dist.data.folder import EXTENSIONS
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from data_prep.files import sha256_of
 from data_prep.finish import ADOPTED
-from data_prep.formats.base import ShardError, get_format
+from data_prep.formats.base import ShardError
+from data_prep.formats.registry import get_format
 from data_prep.policy import IGNORE
 from data_prep.pool import Report
 from nepa_dist.data.decode import BadImage, decode_image

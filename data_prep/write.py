@@ -22,7 +22,8 @@ from PIL import features
 import nepa_dist
 from data_prep.files import PrepError, commit, sha256_of, sweep, temp_path, write_file
 from data_prep.finish import finish_split
-from data_prep.formats.base import StoredSample, get_format
+from data_prep.formats.base import StoredSample
+from data_prep.formats.registry import get_format
 from data_prep.parts import FOLDER as PARTS
 from data_prep.parts import BadSample, Part, Repair, all_bad, bad_lines, note_bad, part_path, read_part
 from data_prep.plan import Plan, load_plan

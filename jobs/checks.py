@@ -21,10 +21,10 @@ from jobs.options import Layers, absolute_paths, default_cluster, flatten, place
 from jobs.runs import newest_checkpoint, read_json
 from nepa_dist.config import Config, ConfigError, changed_keys, nearest
 from nepa_dist.config_load import load_config
+from nepa_dist.cost import num_parameters
 from nepa_dist.memory import activation_bytes, head_parameters, state_bytes
 from nepa_dist.metrics.trackers import tracker_problems
 from nepa_dist.plan import make_plan
-from nepa_dist.presets import num_parameters
 
 if TYPE_CHECKING:
     from nepa_dist.data.containers import Container
@@ -138,7 +138,8 @@ def check_data(
     if source is None and (optional or config is None):
         return expected, assumed, []
     from nepa_dist.data.classes import check_validation, resolve_classes
-    from nepa_dist.data.containers import DataError, open_container
+    from nepa_dist.data.containers import DataError
+    from nepa_dist.data.open import open_container
 
     size = config.model.image_size if config else 224
 

@@ -20,9 +20,11 @@ from typing import NamedTuple
 
 from jobs.cluster import USER_ERROR
 from nepa_dist.config import AugmentConfig, ConfigError, ModelConfig
-from nepa_dist.data.containers import DIGITS, Container, DataError, open_container
+from nepa_dist.cost import train_flops
+from nepa_dist.data.containers import Container, DataError
 from nepa_dist.data.mounts import find_mount
-from nepa_dist.presets import PRESETS, train_flops
+from nepa_dist.data.open import DIGITS, open_container
+from nepa_dist.presets import PRESETS
 from nepa_dist.report import ASSUMED_PEAK_FLOPS
 
 UTILISATION = 0.5

@@ -24,9 +24,10 @@ from nepa_dist.checkpoint.host_memory import available_bytes
 from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.config import DataConfig
 from nepa_dist.data.classes import other_classes
-from nepa_dist.data.containers import Container, open_split
+from nepa_dist.data.containers import Container
 from nepa_dist.data.device import to_device, usable_device
 from nepa_dist.data.loader import EvalLoader
+from nepa_dist.data.open import open_split
 from nepa_dist.data.order import spread
 from nepa_dist.metrics.collapse import collapse_metrics
 from nepa_dist.model import VisionTransformer

@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 
 from nepa_dist.config import DataConfig
 from nepa_dist.data.augment import Mask
-from nepa_dist.data.containers import open_split
 from nepa_dist.data.decode import BadImage, decode_image
+from nepa_dist.data.open import open_split
 
 
 class Shown(NamedTuple):

@@ -28,7 +28,7 @@ Legend: D width, H hidden width of the MLP, T tokens.
 
 from __future__ import annotations
 
-from nepa_dist import presets
+from nepa_dist import cost
 from nepa_dist.config import Config
 from nepa_dist.heads import upernet_cost
 
@@ -74,7 +74,7 @@ def state_bytes(config: Config, grad_accum_steps: int) -> dict[str, int]:
         config: the run.
         grad_accum_steps: micro-batches per update.
     """
-    engine, P = config.engine, presets.num_parameters(config.model) + head_parameters(config)
+    engine, P = config.engine, cost.num_parameters(config.model) + head_parameters(config)
     low = engine.precision == "bf16_params"
     zero = engine.name.startswith("zero")
     optimizer_shards = config.cluster.world_size if zero else config.state_shards

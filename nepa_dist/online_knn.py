@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from nepa_dist.config import Config
 from nepa_dist.data.classes import other_classes
-from nepa_dist.data.containers import Container, DataError, open_split
+from nepa_dist.data.containers import Container, DataError
+from nepa_dist.data.open import open_split
 
 if TYPE_CHECKING:
     import torch

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from nepa_dist.config import Config
-from nepa_dist.data.containers import open_split
 from nepa_dist.data.device import normalize
 from nepa_dist.data.loader import EvalLoader
+from nepa_dist.data.open import open_split
 from nepa_dist.data.order import spread
 from nepa_dist.model import VisionTransformer
 from nepa_dist.tasks.features import extract_features

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nepa_dist import presets
+from nepa_dist import cost
 from nepa_dist.config import Config
 from nepa_dist.memory import NUM_CLASSES_IF_UNKNOWN, activation_bytes, head_flops, head_parameters, state_bytes
 from nepa_dist.plan import Plan, make_plan
@@ -47,14 +47,14 @@ def _model_rows(config: Config, plan: Plan) -> list[tuple[str, str]]:
     patches = f"{plan.num_tokens - 1} of {model.num_patches} patches of {model.patch_size} pixels"
     rows = [
         ("model", f"{model.preset or 'custom'}: width {model.embed_dim}, {model.depth} blocks, {model.num_heads} heads, {mlp}"),
-        ("parameters", f"{presets.num_parameters(model):,} (backbone){_head(config)}"),
+        ("parameters", f"{cost.num_parameters(model):,} (backbone){_head(config)}"),
         ("tokens per image", f"{plan.num_tokens} (CLS + {patches})"),
     ]
     if flops := head_flops(config):
         rows.append(("per image, UPerNet", f"{_si(flops, 'FLOP')} forward, {_si(3 * flops, 'FLOP')} with backward"))
     for causal in (True, False):
-        forward = sum(presets.forward_flops(model, num_tokens=plan.num_tokens, causal=causal))
-        both = presets.train_flops(model, num_tokens=plan.num_tokens, causal=causal)
+        forward = sum(cost.forward_flops(model, num_tokens=plan.num_tokens, causal=causal))
+        both = cost.train_flops(model, num_tokens=plan.num_tokens, causal=causal)
         kind = "causal" if causal else "full"
         used = "" if causal == config.causal else " (not what this run does; for comparison)"
         text = f"{_si(forward, 'FLOP')} forward, {_si(both, 'FLOP')} with backward{used}"
@@ -149,7 +149,7 @@ def _fabric_rows(config: Config, plan: Plan, steps: int | None, gpu: Gpu, fabric
 
 def _flops_per_image(config: Config, plan: Plan) -> int:
     """Operations of forward and backward of one image, without recomputation."""
-    return presets.train_flops(config.model, num_tokens=plan.num_tokens, causal=config.causal) + 3 * head_flops(config)
+    return cost.train_flops(config.model, num_tokens=plan.num_tokens, causal=config.causal) + 3 * head_flops(config)
 
 
 def _si(value: float, unit: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from nepa_dist import presets
+from nepa_dist import cost
 from nepa_dist.config import Config
 from nepa_dist.endpoint import describe_run, node_values, open_on_each_node
 from nepa_dist.engines.mesh import World
@@ -307,9 +307,9 @@ class _DeviceFacts:
         self.peak = given * 1e12 if given else peak_flops(_device_name(device), fp32=config.engine.precision == "fp32")
 
     def flops_per_image(self, plan: Plan) -> float:
-        """Operations of forward and backward by formula (:mod:`nepa_dist.presets`)."""
+        """Operations of forward and backward by formula (:mod:`nepa_dist.cost`)."""
         config = self._config
-        backbone = presets.train_flops(config.model, num_tokens=plan.num_tokens, causal=config.causal)
+        backbone = cost.train_flops(config.model, num_tokens=plan.num_tokens, causal=config.causal)
         return float(backbone + 3 * head_flops(config))
 
     def memory(self) -> dict[str, float]:

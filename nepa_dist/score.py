@@ -17,9 +17,10 @@ from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.config import Config, ConfigError
 from nepa_dist.config_load import load_config
 from nepa_dist.data.classes import class_names
-from nepa_dist.data.containers import Container, open_split
+from nepa_dist.data.containers import Container
 from nepa_dist.data.device import usable_device
 from nepa_dist.data.loader import EvalLoader
+from nepa_dist.data.open import open_split
 from nepa_dist.data.order import spread
 from nepa_dist.data.transforms import eval_transform
 from nepa_dist.data.whole import WholeImages

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from nepa_dist import presets
+from nepa_dist import cost
 from nepa_dist.config import Config
 from nepa_dist.memory import head_flops, head_parameters
 from nepa_dist.plan import Plan
@@ -139,7 +139,7 @@ def step_time(config: Config, plan: Plan, gpu: Gpu, fabric: Fabric) -> StepTime:
 
 def num_parameters(config: Config) -> int:
     """Parameters of backbone and head."""
-    return presets.num_parameters(config.model) + head_parameters(config)
+    return cost.num_parameters(config.model) + head_parameters(config)
 
 
 def _compute(config: Config, plan: Plan, gpu: Gpu) -> tuple[float, float, float]:
@@ -150,7 +150,7 @@ def _compute(config: Config, plan: Plan, gpu: Gpu) -> tuple[float, float, float]
     fp32 = engine.precision == "fp32"
     peak = gpu.peak_fp32 if fp32 else gpu.peak_bf16
     attention_ops = 3 * model.depth * T * 4 * T * D
-    linear_ops = presets.train_flops(model, num_tokens=T, causal=False) - attention_ops + 3 * head_flops(config)
+    linear_ops = cost.train_flops(model, num_tokens=T, causal=False) - attention_ops + 3 * head_flops(config)
     per_token = (74 * D + (21 if model.gated_mlp else 12) * H) * (2 if fp32 else 1)
     traffic = per_token * T * model.depth * (1.0 if engine.compile else EAGER_TRAFFIC)
     again = {"none": (0.0, 0.0), "selective": (0.0, 1 / 3), "full": (1 / 3, 1 / 3)}[engine.activation_checkpointing]

@@ -16,10 +16,10 @@ from nepa_dist.checkpoint.store import CheckpointStore
 from nepa_dist.config import Config, ConfigError
 from nepa_dist.curves import plot_curves
 from nepa_dist.data.classes import resolve_classes
-from nepa_dist.data.containers import open_split
 from nepa_dist.data.loader import Batch, TrainLoader
+from nepa_dist.data.open import open_split
 from nepa_dist.data.transforms import train_transform
-from nepa_dist.engines.base import build_engine
+from nepa_dist.engines.build import build_engine
 from nepa_dist.engines.mesh import World, join_world, leave_world
 from nepa_dist.engines.prepare import keep_compiled
 from nepa_dist.guard import (
@@ -46,7 +46,8 @@ from nepa_dist.run_folder import append_start, describe_start
 from nepa_dist.saving import Saver, Saves
 from nepa_dist.state import TrainState
 from nepa_dist.step_report import StepReport
-from nepa_dist.tasks.base import Health, build_task
+from nepa_dist.tasks.base import Health
+from nepa_dist.tasks.build import build_task
 from nepa_dist.tasks.inspection import inspect
 from nepa_dist.transfer import transfer
 from nepa_dist.validation import Validator

@@ -24,7 +24,8 @@ from nepa_dist.model import Features, VisionTransformer
 from nepa_dist.names import misfits
 from nepa_dist.official import OFFICIAL_EMA, OfficialFormatError, read_json, read_official
 from nepa_dist.provenance import Kind, Provenance
-from nepa_dist.tasks.base import Task, build_task
+from nepa_dist.tasks.base import Task
+from nepa_dist.tasks.build import build_task
 
 _log = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from nepa_dist.config import Config
 from nepa_dist.data.batch import Batch
 from nepa_dist.data.classes import check_validation, class_names
-from nepa_dist.data.containers import open_split
 from nepa_dist.data.device import to_device
 from nepa_dist.data.loader import EvalLoader
+from nepa_dist.data.open import open_split
 from nepa_dist.data.order import spread
 from nepa_dist.data.transforms import eval_transform
 from nepa_dist.data.whole import WholeImages
@@ -34,7 +34,8 @@ from nepa_dist.provenance import Kind, Provenance, Result
 from nepa_dist.reporting import Reporter
 from nepa_dist.run import Run
 from nepa_dist.run_folder import versions, write_bytes, write_text
-from nepa_dist.tasks.base import Scores, Task, build_task
+from nepa_dist.tasks.base import Scores, Task
+from nepa_dist.tasks.build import build_task
 from nepa_dist.watchdog import Watchdog
 
 BEST = "best"

@@ -181,7 +181,8 @@ def _fitted(args: argparse.Namespace, images: list[Shown], model: ModelConfig) -
 def _class_names(config: Config, data: DataConfig) -> list[str]:
     """Names of the model's classes as the data has them; numbers where it is out of reach."""
     from nepa_dist.data.classes import class_names
-    from nepa_dist.data.containers import DataError, open_split
+    from nepa_dist.data.containers import DataError
+    from nepa_dist.data.open import open_split
 
     try:
         return class_names(config, open_split(data, "val", image_size=config.model.image_size))

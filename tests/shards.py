@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.formats.base import StoredSample, get_format
+from data_prep.formats.base import StoredSample
+from data_prep.formats.registry import get_format
 from nepa_dist.data.index import (
     ENCODED,
     INDEX,

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_prep.open_source import open_source
 from data_prep.plan import Container, make_plan
-from data_prep.sources import Source, open_source
+from data_prep.sources import Source
 from data_prep.write import Written, write_split
 
 

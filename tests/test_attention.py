@@ -5,9 +5,9 @@ import torch
 
 from nepa_dist.attention import DENSE_TOKENS, choose_attention, dense, few_dense, sdpa
 from nepa_dist.config import Config, ConfigError
-from nepa_dist.engines.base import build_engine
+from nepa_dist.engines.build import build_engine
 from nepa_dist.plan import make_plan
-from nepa_dist.tasks.base import build_task
+from nepa_dist.tasks.build import build_task
 
 CPU = torch.device("cpu")
 

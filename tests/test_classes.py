@@ -5,7 +5,7 @@ import pytest
 from images import image_folder
 from nepa_dist.config import Config, ConfigError
 from nepa_dist.data.classes import check_validation, other_classes, resolve_classes
-from nepa_dist.data.containers import open_container
+from nepa_dist.data.open import open_container
 from nepa_dist.online_knn import online_knn_problems
 from splits import prepare
 

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from nepa_dist.config import Config
 from nepa_dist.engines.prepare import keep_compiled, prepare
 from nepa_dist.presets import PRESETS
-from nepa_dist.tasks.base import build_task
+from nepa_dist.tasks.build import build_task
 
 SMALL = {"embed_dim": 16, "num_heads": 2, "image_size": 32, "patch_size": 8}
 BATCH = {

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nepa_dist.data.containers import DataError, FolderContainer, open_container
+from nepa_dist.data.containers import DataError
+from nepa_dist.data.folder import FolderContainer
+from nepa_dist.data.open import open_container
 
 Split = Literal["train", "val"]
 
@@ -196,7 +198,7 @@ def test_counting_images_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from nepa_dist.data import augment, decode, digits, order\n"
-        "from nepa_dist.data.containers import open_container\n"
+        "from nepa_dist.data.open import open_container\n"
         "assert 'sklearn' not in sys.modules\n"
         "print(len(open_container(sys.argv[1], 'train', image_size=32)), len(open_container('digits', 'val', image_size=32)))\n"
         "assert 'torch' not in sys.modules\n"

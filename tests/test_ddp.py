@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nepa_dist.config import Config, ConfigError, EngineConfig
-from nepa_dist.engines.base import StateMismatchError, build_engine
+from nepa_dist.engines.base import StateMismatchError
+from nepa_dist.engines.build import build_engine
 from nepa_dist.engines.mesh import World, join_world
 from nepa_dist.plan import make_plan
 from nepa_dist.tasks.pretrain import PretrainTask

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nepa_dist.data.containers import DataError, Sample, open_container
+from nepa_dist.data.containers import DataError, Sample
 from nepa_dist.data.digits import BACKGROUND, NUM_SCENES, DigitScenes
+from nepa_dist.data.open import open_container
 
 
 def _pixels(sample: Sample) -> tuple[NDArray[np.uint8], NDArray[np.integer[Any]]]:

@@ -9,8 +9,9 @@ from images import image_folder
 from jobs import doctor as module
 from jobs.doctor import Speed, doctor, file_system, images_per_second_per_gpu, main, measure, usable_cores
 from nepa_dist.config import ModelConfig
-from nepa_dist.data.containers import DataError, open_container
-from nepa_dist.presets import train_flops
+from nepa_dist.cost import train_flops
+from nepa_dist.data.containers import DataError
+from nepa_dist.data.open import open_container
 from nepa_dist.report import ASSUMED_PEAK_FLOPS
 
 FAST = Speed(2000.0, 0.0, 1.0, 256, 30_000, 0, 1000)

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from nepa_dist.config import Config
-from nepa_dist.engines.base import StateMismatchError, build_engine
+from nepa_dist.engines.base import StateMismatchError
+from nepa_dist.engines.build import build_engine
 from nepa_dist.plan import make_plan
 from nepa_dist.tasks.pretrain import PretrainTask
 from spawn import run_ranks

@@ -13,7 +13,7 @@ from nepa_dist import timm_names
 from nepa_dist.checkpoint.store import CheckpointStore
 from nepa_dist.config import Config
 from nepa_dist.export import main
-from nepa_dist.tasks.base import build_task
+from nepa_dist.tasks.build import build_task
 from nepa_dist.trained import load_backbone, load_trained
 
 MODEL = {"image_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -11,7 +11,8 @@ from nepa_dist.config import Config, ConfigError, FinetuneConfig, ModelConfig
 from nepa_dist.config_load import load_config
 from nepa_dist.optim import learning_rate
 from nepa_dist.plan import make_plan
-from nepa_dist.tasks.base import HEAD_LAYER, build_task
+from nepa_dist.tasks.base import HEAD_LAYER
+from nepa_dist.tasks.build import build_task
 from nepa_dist.tasks.finetune import FinetuneTask
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.formats.base import CONTAINERS, Scan, ShardError, StoredSample, get_format
+from data_prep.formats.base import Scan, ShardError, StoredSample
+from data_prep.formats.registry import CONTAINERS, get_format
 from nepa_dist.data.index import ENCODED, RAW, ShardRecord
 from shards import HEIGHT, WIDTH, image_file, make_samples, mask_file, pixels, run_script, sha256
 
@@ -216,7 +217,7 @@ import numpy as np
 from PIL import Image
 from streaming import MDSWriter, StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
-from data_prep.formats.base import get_format
+from data_prep.formats.registry import get_format
 from shards import image_file, make_samples, mask_file, pixels, sha256
 
 ours, theirs, foreign = map(Path, sys.argv[1:])
@@ -290,7 +291,7 @@ from ffcv.loader import Loader, OrderOption
 from ffcv.pipeline.compiler import Compiler
 from ffcv.reader import Reader
 from ffcv.writer import DatasetWriter
-from data_prep.formats.base import get_format
+from data_prep.formats.registry import get_format
 from nepa_dist.data.decode import decode_image
 from shards import image_file, make_samples, pixels
 

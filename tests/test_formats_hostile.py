@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.formats.base import CONTAINERS, ShardError, get_format
+from data_prep.formats.base import ShardError
+from data_prep.formats.registry import CONTAINERS, get_format
 from shards import edit, image_file, make_samples, mask_file
 
 IMAGE = image_file(0)

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from nepa_dist.config import Config
 from nepa_dist.engines import zero
 from nepa_dist.engines.base import StateMismatchError
-from nepa_dist.tasks.base import HEAD_LAYER, build_task, layer_of
+from nepa_dist.tasks.base import HEAD_LAYER, layer_of
+from nepa_dist.tasks.build import build_task
 from nepa_dist.tasks.pretrain import PretrainTask
 from spawn import run_ranks
 from test_engines import MODEL, Saved, make, snapshot, update

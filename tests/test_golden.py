@@ -15,7 +15,7 @@ from nepa_dist.config import Config, OptimConfig
 from nepa_dist.engines.base import gradient_norm
 from nepa_dist.official import from_official, to_official
 from nepa_dist.optim import AdamWEMA, param_groups
-from nepa_dist.tasks.base import build_task
+from nepa_dist.tasks.build import build_task
 from nepa_dist.transfer import transfer
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -7,7 +7,7 @@ from nepa_dist import linear
 from nepa_dist.config import Config
 from nepa_dist.engines import prepare as preparing
 from nepa_dist.linear import Linear
-from nepa_dist.tasks.base import build_task
+from nepa_dist.tasks.build import build_task
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
 SMALL = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "layer_scale_init": 0.5}

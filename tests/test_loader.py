@@ -14,10 +14,11 @@ from PIL import Image
 
 from nepa_dist.config import AugmentConfig, Config, DataConfig
 from nepa_dist.data.augment import Mask, augment, augment_mask
-from nepa_dist.data.containers import Container, DataError, Sample, open_container
+from nepa_dist.data.containers import Container, DataError, Sample
 from nepa_dist.data.decode import decode_image
 from nepa_dist.data.device import normalize, to_device
 from nepa_dist.data.loader import BadSample, Batch, EvalLoader, TrainLoader, add_digests, batch_digest, default_num_workers
+from nepa_dist.data.open import open_container
 from nepa_dist.data.order import Order
 from nepa_dist.data.whole import WholeImages
 

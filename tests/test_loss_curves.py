@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from nepa_dist.config import Config
-from nepa_dist.engines.base import build_engine
+from nepa_dist.engines.build import build_engine
 from nepa_dist.plan import make_plan
-from nepa_dist.tasks.base import build_task
+from nepa_dist.tasks.build import build_task
 
 MODEL = {"image_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "layer_scale_init": 0.1}
 STEPS = 40

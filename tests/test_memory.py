@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from nepa_dist.config import Config
-from nepa_dist.engines.base import build_engine
+from nepa_dist.engines.build import build_engine
 from nepa_dist.memory import state_bytes
 from nepa_dist.plan import make_plan
 from nepa_dist.tasks.pretrain import PretrainTask

@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nepa_dist.config import Config
-from nepa_dist.engines.base import build_engine
+from nepa_dist.engines.build import build_engine
 from nepa_dist.plan import make_plan
 from nepa_dist.tasks.inspection import inspect
 from nepa_dist.tasks.pretrain import PretrainTask

@@ -7,8 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nepa_dist.config import ModelConfig
+from nepa_dist.cost import forward_flops, num_parameters, train_flops
 from nepa_dist.model import VisionTransformer
-from nepa_dist.presets import PRESETS, forward_flops, num_parameters, train_flops
+from nepa_dist.presets import PRESETS
 
 SMALL = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from nepa_dist.config import Config
 from nepa_dist.official import OfficialFormatError, from_official, official_preprocessor, read_official, to_official
-from nepa_dist.tasks.base import build_task
+from nepa_dist.tasks.build import build_task
 
 MODEL = {"image_size": 28, "embed_dim": 32, "depth": 2, "num_heads": 2, "qk_norm_affine": True}
 CONFIG = Config.model_validate({"model": MODEL, "seed": 5})

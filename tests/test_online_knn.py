@@ -13,9 +13,9 @@ import torch
 
 from images import image_folder
 from nepa_dist.config import Config
-from nepa_dist.data.containers import open_container
 from nepa_dist.data.device import to_device
 from nepa_dist.data.loader import EvalLoader
+from nepa_dist.data.open import open_container
 from nepa_dist.metrics.registry import lookup
 from nepa_dist.online_knn import OnlineKnn, online_knn_problems
 from nepa_dist.tasks.features import extract_features

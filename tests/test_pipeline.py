@@ -10,7 +10,8 @@ import pytest
 
 from images import image_folder
 from jobs import cluster, options, submit
-from nepa_dist.data import containers
+from nepa_dist.data.containers import Container
+from nepa_dist.data.open import open_container
 from trainer import Trainer
 
 RECIPE = "vit_tiny"
@@ -128,12 +129,11 @@ def test_a_data_set_that_stages_share_is_opened_once(trainer: Trainer, tmp_path:
     """To open a folder of a million images takes minutes."""
     opened: list[tuple[str, str]] = []
 
-    def counting(source: str, split: Literal["train", "val"], **more: int) -> containers.Container:
+    def counting(source: str, split: Literal["train", "val"], **more: int) -> Container:
         opened.append((source, split))
         return open_container(source, split, **more)
 
-    open_container = containers.open_container
-    monkeypatch.setattr(containers, "open_container", counting)
+    monkeypatch.setattr("nepa_dist.data.open.open_container", counting)
     for split in ("train", "val"):
         image_folder(tmp_path / "images" / split, num_classes=2, per_class=2, size=(20, 20))
     assert pipeline("--data", "images", "--stages", "pretrain,finetune", "--dry-run") == 0

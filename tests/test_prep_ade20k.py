@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.sources import SourceError, open_source
+from data_prep.open_source import open_source
+from data_prep.sources import SourceError
 
 
 def _write(path: Path, values: np.ndarray) -> bytes:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_prep.adopt import adopt
 from data_prep.files import PrepError, UsageError
-from data_prep.formats.base import CONTAINERS
+from data_prep.formats.registry import CONTAINERS
 from data_prep.verify import Level, Verification, verify_split
 from images import image_folder
 from nepa_dist.data.index import NAMES

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from data_prep import parquet
-from data_prep.sources import Source, SourceError, open_source
+from data_prep.open_source import open_source
+from data_prep.sources import Source, SourceError
 from nepa_dist.data.decode import BadImage
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_prep.open_source import open_source
 from data_prep.plan import Plan, PlanError, load_plan, make_plan
 from data_prep.policy import PolicyError
-from data_prep.sources import Source, open_source
+from data_prep.sources import Source
 from images import image_folder
 from nepa_dist.data.order import permutation
 

@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from data_prep.sources import Source, SourceError, Split, open_source
+from data_prep.open_source import open_source
+from data_prep.sources import Source, SourceError, Split
 from images import image_folder
-from nepa_dist.data.containers import open_container
+from nepa_dist.data.open import open_container
 
 # In the order of the ILSVRC ids 1, 2, 3, 4: not that of the sorted WordNet ids.
 WNIDS = ["n03000000", "n01443537", "n02000000", "n01440764"]

@@ -20,7 +20,7 @@ from PIL import Image
 from data_prep.cross_check import cross_check
 from data_prep.files import SUMS
 from data_prep.finish import array_bytes, seal
-from data_prep.formats.base import CONTAINERS
+from data_prep.formats.registry import CONTAINERS
 from data_prep.plan import make_plan
 from data_prep.verify import LEVELS, Level, Verification, verify_split
 from data_prep.write import write_split

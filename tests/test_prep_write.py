@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from data_prep.files import PrepError, UsageError
-from data_prep.formats.base import CONTAINERS
+from data_prep.formats.registry import CONTAINERS
+from data_prep.open_source import open_source
 from data_prep.plan import Container, PlanError, make_plan
 from data_prep.skip import SkippingSource, keep_skip_list, read_skip_list, without_skipped
-from data_prep.sources import open_source
 from data_prep.write import BadSamplesError, write_split
 from images import image_folder
 from nepa_dist.data.prepared import PreparedContainer

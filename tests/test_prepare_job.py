@@ -16,7 +16,7 @@ import pytest
 from data_prep import cli
 from images import image_folder
 from jobs import cluster, doctor, prepare, submit
-from nepa_dist.data.containers import open_container
+from nepa_dist.data.open import open_container
 
 SCRIPT = cluster.REPO_ROOT / "jobs" / "submit.py"
 FAST = ("--container", "mds", "--policy", "short32", "--split", "train", "--quiet", "--shards", "3")

@@ -6,7 +6,8 @@ import pytest
 
 from nepa_dist.config import ModelConfig
 from nepa_dist.config_load import load_config
-from nepa_dist.presets import PRESETS, forward_flops, mlp_hidden_dim, num_parameters, train_flops
+from nepa_dist.cost import forward_flops, num_parameters, train_flops
+from nepa_dist.presets import PRESETS, mlp_hidden_dim
 
 
 def preset(name: str, *overrides: str) -> ModelConfig:

@@ -18,8 +18,9 @@ from typing import Any
 import fsspec
 import pytest
 
-from nepa_dist.data.containers import DataError, open_container
+from nepa_dist.data.containers import DataError
 from nepa_dist.data.index import MANIFEST, Manifest
+from nepa_dist.data.open import open_container
 from nepa_dist.data.remote import RemoteContainer
 from shards import make_samples, write_split
 

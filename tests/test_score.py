@@ -8,10 +8,10 @@ from safetensors.torch import save_file
 
 from images import image_folder
 from nepa_dist.config import Config
-from nepa_dist.data.containers import open_container
 from nepa_dist.data.device import normalize
+from nepa_dist.data.open import open_container
 from nepa_dist.score import main
-from nepa_dist.tasks.base import build_task
+from nepa_dist.tasks.build import build_task
 from nepa_dist.trained import load_trained
 
 MODEL = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from nepa_dist.config import Config, ConfigError, ModelConfig, SegmentConfig
 from nepa_dist.config_load import load_config
 from nepa_dist.data.classes import resolve_classes
-from nepa_dist.data.containers import Sample, open_container
+from nepa_dist.data.containers import Sample
 from nepa_dist.data.decode import BadImage
+from nepa_dist.data.open import open_container
 from nepa_dist.data.transforms import class_mask
 from nepa_dist.data.whole import WholeImages
 from nepa_dist.intake import weighted
-from nepa_dist.tasks.base import build_task
+from nepa_dist.tasks.build import build_task
 from nepa_dist.tasks.segment import SegmentTask
 
 ROOT = Path(__file__).parents[1]

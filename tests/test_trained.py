@@ -15,7 +15,7 @@ from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.checkpoint.store import CheckpointStore
 from nepa_dist.config import Config
 from nepa_dist.export import export
-from nepa_dist.tasks.base import build_task
+from nepa_dist.tasks.build import build_task
 from nepa_dist.trained import WeightsError, load_backbone, load_trained
 from nepa_dist.visualize import default_queries, main
 

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from test_export import FINETUNE, MODEL, PRETRAIN, SEGMENT, save_run
 
 from nepa_dist.config import Config, ConfigError
+from nepa_dist.cost import num_parameters
 from nepa_dist.export import export
-from nepa_dist.presets import num_parameters
-from nepa_dist.tasks.base import build_task
+from nepa_dist.tasks.build import build_task
 from nepa_dist.trained import load_trained
 from nepa_dist.transfer import transfer
 

@@ -7,10 +7,10 @@ from PIL import Image
 
 from nepa_dist.config import Config
 from nepa_dist.data.augment import cut_center
-from nepa_dist.data.containers import open_container
 from nepa_dist.data.device import to_device
 from nepa_dist.data.erasing import draw_erasing
 from nepa_dist.data.loader import EvalLoader, TrainLoader
+from nepa_dist.data.open import open_container
 from nepa_dist.data.transforms import eval_transform, train_transform
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (60, 80, 3)).astype(np.uint8)

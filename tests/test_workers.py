@@ -17,8 +17,9 @@ import torch
 from images import image_folder
 from nepa_dist.config import DataConfig
 from nepa_dist.data.batch import BatchShape, Filled, Pixels
-from nepa_dist.data.containers import DataError, Sample, open_container
+from nepa_dist.data.containers import DataError, Sample
 from nepa_dist.data.loader import EvalLoader, TrainLoader, batch_digest
+from nepa_dist.data.open import open_container
 from nepa_dist.data.ring import Ring
 from nepa_dist.data.workers import WorkerPool
 
@@ -261,7 +262,7 @@ def test_a_process_that_forgets_its_loader_still_ends(folder: Path) -> None:
     code = f"""
         import multiprocessing
         from nepa_dist.config import DataConfig
-        from nepa_dist.data.containers import open_container
+        from nepa_dist.data.open import open_container
         from nepa_dist.data.loader import TrainLoader
         container = open_container({str(folder)!r}, "train", image_size=32)
         loader = TrainLoader(container, DataConfig(num_workers=2), image_size=32, seed=1, global_batch_size=4,
@@ -316,7 +317,7 @@ def test_a_trainer_that_is_killed_leaves_no_worker_and_no_file(folder: Path) -> 
     code = f"""
         import multiprocessing, time
         from nepa_dist.config import DataConfig
-        from nepa_dist.data.containers import open_container
+        from nepa_dist.data.open import open_container
         from nepa_dist.data.loader import TrainLoader
         container = open_container({str(folder)!r}, "train", image_size=32)
         loader = TrainLoader(container, DataConfig(num_workers=2), image_size=32, seed=1, global_batch_size=4,

@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 
 from nepa_dist.config import Config
-from nepa_dist.tasks.base import Task, build_task
+from nepa_dist.tasks.base import Task
+from nepa_dist.tasks.build import build_task
 from nepa_dist.timm_names import to_timm
 
 GOLDEN = Path(__file__).parent / "golden" / "timm.safetensors"

@@ -11,15 +11,13 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from nepa_dist.data.index import ENCODED, INDEX_DTYPE, RAW, ShardRecord
-
-CONTAINERS: tuple[Literal["tar", "mds", "beton"], ...] = ("tar", "mds", "beton")
 
 MAX_PROBLEMS = 100
 """Problems that a ShardError lists; a shard with more is read no further."""
@@ -124,20 +122,6 @@ class Format(Protocol):
             ShardError: something in it is damaged or hostile; all that was found is listed.
             OSError: the file cannot be read.
         """
-
-
-def get_format(name: str) -> Format:
-    """The module of a container format: ``tar``, ``mds`` or ``beton``.
-
-    Raises:
-        ValueError: there is no such format.
-    """
-    from data_prep.formats import beton, mds, tar  # they import from here
-
-    known: dict[str, Format] = {"tar": tar, "mds": mds, "beton": beton}
-    if name not in known:
-        raise ValueError(f"unknown container {name!r}; known are {', '.join(known)}")
-    return known[name]
 
 
 class Problems:

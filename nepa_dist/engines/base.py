@@ -13,11 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nepa_dist.config import Config
-from nepa_dist.plan import Plan
-
 if TYPE_CHECKING:
-    from nepa_dist.tasks.base import Task
+    pass
 
 ParameterState = Mapping[str, Tensor]
 """State of one parameter: ``weight``, ``exp_avg``, ``exp_avg_sq``, ``step``, and ``ema`` where one is kept; ``weight`` alone of
@@ -165,18 +162,3 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Global L2 norm of the gradients, 0-d fp32."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients).float()
-
-
-def build_engine(task: Task, config: Config, plan: Plan, device: torch.device) -> Engine:
-    """Place a task on ``device`` with the engine that the configuration names."""
-    if config.engine.name == "ddp":
-        from nepa_dist.engines.ddp import DDPEngine
-
-        return DDPEngine(task, config, plan, device)
-    if config.engine.name in ("fsdp2", "hsdp"):
-        from nepa_dist.engines.fsdp import FSDPEngine
-
-        return FSDPEngine(task, config, plan, device)
-    from nepa_dist.engines.zero import ZeroEngine
-
-    return ZeroEngine(task, config, plan, device)

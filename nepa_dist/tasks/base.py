@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nepa_dist.config import Config, ConfigError, ModelConfig
+from nepa_dist.config import ModelConfig
 from nepa_dist.keyed import keyed_uniform
 from nepa_dist.metrics.collapse import AllReduce
 from nepa_dist.model import VisionTransformer
@@ -149,22 +149,3 @@ def layer_of(name: str, depth: int) -> int:
         return depth - 1 - int(name.split(".")[2])
     below = name.startswith(("backbone.cls_token", "backbone.patch_embed", "backbone.pos_embed"))
     return depth if below else 0
-
-
-def build_task(config: Config) -> Task:
-    """The task that a configuration names, with its initial weights, on the CPU.
-
-    Raises:
-        ConfigError: the number of classes is not known.
-    """
-    from nepa_dist.tasks.finetune import FinetuneTask
-    from nepa_dist.tasks.pretrain import PretrainTask
-    from nepa_dist.tasks.segment import SegmentTask
-
-    if config.task == "pretrain":
-        return PretrainTask(config.model, config.objective, seed=config.seed)
-    if config.num_classes is None:
-        raise ConfigError([f"{config.task}.num_classes is not set, and the data does not say how many classes there are"])
-    if config.task == "finetune":
-        return FinetuneTask(config.model, config.finetune, seed=config.seed)
-    return SegmentTask(config.model, config.segment, seed=config.seed)
