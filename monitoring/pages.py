@@ -13,7 +13,7 @@ DASHBOARDS = (
         "NEPA: optimisation",
         (
             ("Loss", (LOSS, Panel("Loss of the worst rank", ("loss_max",)), Panel("Spikes", ("spike_ratio",)))),
-            ("Gradients", (GRAD_NORM, Panel("Gradient norm by group", ("group_grad_norm",), log=True))),
+            ("Gradients", (GRAD_NORM, Panel("Gradient norm by group", ("group_grad_norm",), log=True, unit="sci"))),
             (
                 "Gradients",
                 (
@@ -36,7 +36,9 @@ DASHBOARDS = (
                 "Inside",
                 (
                     Panel("Largest attention logit", ("attention_logit_max",)),
-                    Panel("LayerScale, mean |gamma|", ("layer_scale_abs_mean",), log=True, when="model.layer_scale"),
+                    Panel(
+                        "LayerScale, mean |gamma|", ("layer_scale_abs_mean",), log=True, unit="sci", when="model.layer_scale"
+                    ),
                 ),
             ),
             (
