@@ -61,7 +61,7 @@ lint: setup
 	$(RUN) -m mypy
 	$(RUN) -m codespell_lib
 	$(VENV)/bin/hadolint Dockerfile
-	$(VENV)/bin/shellcheck --shell=bash --exclude=SC2034,SC2154 jobs/attempt.sh
+	$(VENV)/bin/shellcheck --shell=bash --exclude=SC2034,SC2154 jobs/attempt.sh monitoring/*.sh
 
 # Grafana's dashboards and docs/metrics.md, from the registry.
 dashboards: setup
