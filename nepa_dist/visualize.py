@@ -89,8 +89,7 @@ def plot_segmentation(
     import torch
 
     from nepa_dist.data.device import normalize
-    from nepa_dist.data.segment_augment import resize_for_evaluation
-    from nepa_dist.data.transforms import class_mask
+    from nepa_dist.data.segment_augment import class_mask, resize_for_evaluation
 
     crop = task.backbone.config.image_size
     resized = torch.from_numpy(resize_for_evaluation(image.pixels, (4 * crop, crop)).copy())

@@ -14,7 +14,7 @@ from nepa_dist.data.classes import resolve_classes
 from nepa_dist.data.containers import Sample
 from nepa_dist.data.decode import BadImage
 from nepa_dist.data.open import open_container
-from nepa_dist.data.transforms import class_mask
+from nepa_dist.data.segment_augment import class_mask
 from nepa_dist.data.whole import WholeImages
 from nepa_dist.intake import weighted
 from nepa_dist.tasks.build import build_task

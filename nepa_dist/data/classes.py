@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from nepa_dist.config import Config, ConfigError
 from nepa_dist.data.containers import Container
 from nepa_dist.data.decode import BadImage
-from nepa_dist.data.transforms import class_mask
+from nepa_dist.data.segment_augment import class_mask
 
 _LOOKED_AT = 8
 """Masks that are tried before a run begins."""

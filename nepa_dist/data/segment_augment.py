@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from nepa_dist.config import SegmentConfig
 from nepa_dist.data.color_jitter import shift_hue
+from nepa_dist.data.decode import BadImage
 from nepa_dist.data.order import keyed_uniforms
 
 IGNORE = 255
@@ -52,6 +54,32 @@ def reduce_zero_label(mask: Mask) -> Mask:
     _check_mask_type(mask)
     reduced: Mask = np.where((mask == 0) | (mask == IGNORE), mask.dtype.type(IGNORE), mask - mask.dtype.type(1))
     return reduced
+
+
+def class_mask(mask: Mask, config: SegmentConfig) -> NDArray[np.uint8]:
+    """The classes of a mask as the loss and the scores count them: from 0, IGNORE where there is none.
+
+    Args:
+        mask: integer [H, W] as the data has it.
+        config: whether 0 is no class, and how many classes there are.
+
+    Returns:
+        uint8 [H, W].
+
+    Raises:
+        BadImage: a class that does not exist.
+    """
+    wide = mask if np.iinfo(mask.dtype).max >= IGNORE else mask.astype(np.int64)
+    classes = reduce_zero_label(wide) if config.reduce_zero_label else wide
+    known = classes[classes != IGNORE]
+    limit = config.num_classes or IGNORE
+    if known.size and not 0 <= known.min() <= known.max() < limit:
+        offset = int(config.reduce_zero_label)
+        raise BadImage(
+            f"the mask has class values from {known.min() + offset} to {known.max() + offset}, but there are {limit} classes, "
+            f"{offset} to {limit - 1 + offset} (segment.num_classes, segment.reduce_zero_label)"
+        )
+    return classes.astype(np.uint8)
 
 
 def rescaled_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:

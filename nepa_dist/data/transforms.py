@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from nepa_dist.config import AugmentConfig, Config, EvaluateConfig, SegmentConfig
 from nepa_dist.data.augment import CropTransform, Interpolation, Mask, Transform, cut_center
 from nepa_dist.data.color_jitter import color_jitter
-from nepa_dist.data.decode import BadImage
 from nepa_dist.data.randaugment import rand_augment
-from nepa_dist.data.segment_augment import IGNORE, augment_segment, reduce_zero_label
+from nepa_dist.data.segment_augment import augment_segment, class_mask
 
 
 def train_transform(config: Config) -> Transform:
@@ -121,29 +120,3 @@ class CenterTransform:
         config = self._config
         method: Interpolation = "bicubic" if config.bicubic else "bilinear"
         return cut_center(pixels, image_size, resize_to=config.resize, squash=config.squash, interpolation=method), mask
-
-
-def class_mask(mask: Mask, config: SegmentConfig) -> NDArray[np.uint8]:
-    """The classes of a mask as the loss and the scores count them: from 0, IGNORE where there is none.
-
-    Args:
-        mask: integer [H, W] as the data has it.
-        config: whether 0 is no class, and how many classes there are.
-
-    Returns:
-        uint8 [H, W].
-
-    Raises:
-        BadImage: a class that does not exist.
-    """
-    wide = mask if np.iinfo(mask.dtype).max >= IGNORE else mask.astype(np.int64)
-    classes = reduce_zero_label(wide) if config.reduce_zero_label else wide
-    known = classes[classes != IGNORE]
-    limit = config.num_classes or IGNORE
-    if known.size and not 0 <= known.min() <= known.max() < limit:
-        offset = int(config.reduce_zero_label)
-        raise BadImage(
-            f"the mask has class values from {known.min() + offset} to {known.max() + offset}, but there are {limit} classes, "
-            f"{offset} to {limit - 1 + offset} (segment.num_classes, segment.reduce_zero_label)"
-        )
-    return classes.astype(np.uint8)

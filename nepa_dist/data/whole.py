@@ -12,8 +12,7 @@ from nepa_dist.config import Config
 from nepa_dist.data.batch import BadSample, Batch
 from nepa_dist.data.containers import Container
 from nepa_dist.data.decode import BadImage, decode_image
-from nepa_dist.data.segment_augment import resize_for_evaluation
-from nepa_dist.data.transforms import class_mask
+from nepa_dist.data.segment_augment import class_mask, resize_for_evaluation
 
 READ_AHEAD = 8
 """Images that wait in memory."""
