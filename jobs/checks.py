@@ -21,8 +21,7 @@ from jobs.options import Layers, absolute_paths, default_cluster, flatten, place
 from jobs.runs import newest_checkpoint, read_json
 from nepa_dist.config import Config, ConfigError, changed_keys, nearest
 from nepa_dist.config_load import load_config
-from nepa_dist.cost import num_parameters
-from nepa_dist.memory import activation_bytes, head_parameters, state_bytes
+from nepa_dist.memory import activation_bytes, num_parameters, state_bytes
 from nepa_dist.metrics.trackers import tracker_problems
 from nepa_dist.plan import make_plan
 
@@ -270,7 +269,7 @@ def folder_problems(run_dir: Path) -> list[str]:
 def check_space(context: Context) -> Iterator[Finding]:
     """The disk has room for all checkpoints that are kept, and the one that is written."""
     config = context.config
-    parameters = num_parameters(config.model) + head_parameters(config)
+    parameters = num_parameters(config)
     size = parameters * 4 * (3 if config.optim.ema_decay is None else 4)
     keep = config.checkpoint.keep_last + 1
     if config.checkpoint.keep_every is not None:

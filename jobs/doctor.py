@@ -25,7 +25,7 @@ from nepa_dist.data.containers import Container, DataError
 from nepa_dist.data.mounts import find_mount
 from nepa_dist.data.open import DIGITS, open_container
 from nepa_dist.presets import PRESETS
-from nepa_dist.report import ASSUMED_PEAK_FLOPS
+from nepa_dist.step_time import GPUS
 
 UTILISATION = 0.5
 """Share of the peak that a well fed GPU is taken to reach; a good run comes near it, so this asks for enough."""
@@ -91,7 +91,7 @@ class Report:
         """For people; ends with a newline."""
         speed = self.speed
         stored = f", {speed.num_bytes / 1e3:.0f} kB each" if speed.num_bytes else ""
-        peak = f"{UTILISATION:.0%} of {ASSUMED_PEAK_FLOPS / 1e12:.0f} TFLOP/s"
+        peak = f"{UTILISATION:.0%} of {GPUS['h100'].peak_bf16 / 1e12:.0f} TFLOP/s"
         rows = [
             ("data", f"{self.source}: {self.num_samples} images, short side {speed.short_side:.0f} pixels{stored}"),
             ("file system", self.file_system),
@@ -154,7 +154,7 @@ def doctor(source: str, *, model_preset: str, gpus: int, seconds: float = 5.0, i
 def images_per_second_per_gpu(preset: str, image_size: int = 224) -> float:
     """What a GPU trains at UTILISATION of its peak, in pretraining, images per second."""
     model = ModelConfig(preset=preset, image_size=image_size)
-    return UTILISATION * ASSUMED_PEAK_FLOPS / train_flops(model, num_tokens=model.num_patches)
+    return UTILISATION * GPUS["h100"].peak_bf16 / train_flops(model, num_tokens=model.num_patches)
 
 
 def measure(container: Container, image_size: int, seconds: float) -> Speed:

@@ -13,6 +13,7 @@ from pathlib import Path
 from jobs.control import read_config
 from jobs.probe import with_our_code
 from jobs.runs import newest_checkpoint, read_json, read_outcome, read_progress, read_scores
+from nepa_dist.config import ConfigError
 from nepa_dist.run_folder import write_text
 
 _PICTURES = ("figures", "best")
@@ -28,7 +29,11 @@ def draw_samples(run_dir: Path) -> None:
     told and ends nothing.
     """
     newest = newest_checkpoint(run_dir)
-    if newest is None or read_config(run_dir).task == "finetune":
+    try:
+        if newest is None or read_config(run_dir).task == "finetune":
+            return
+    except ConfigError as error:
+        print(f"{run_dir.name}: no pictures of what it sees: {error}", file=sys.stderr, flush=True)
         return
     drawn = run_dir / "figures" / ".samples"
     if drawn.exists() and drawn.read_text() == str(newest):
@@ -98,9 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders = [Path(word).absolute() for word in (sys.argv[1:] if argv is None else argv)]
     for root in folders:
         runs = [path.parent for path in root.glob("*/config.yaml")]
-        # In the order in which they began, so that the first stage is the first.
         for run_dir in runs:
             draw_samples(run_dir)
+        # In the order in which they began, so that the first stage is the first.
         print(f"wrote {write_report(root, sorted(runs, key=_began))}")
     return 0 if folders else 2
 

@@ -67,6 +67,16 @@ def head_flops(config: Config) -> int:
     )
 
 
+def num_parameters(config: Config) -> int:
+    """Parameters of backbone and head."""
+    return cost.num_parameters(config.model) + head_parameters(config)
+
+
+def flops_per_image(config: Config, num_tokens: int) -> int:
+    """Operations of forward and backward of one training image with ``num_tokens`` tokens, without recomputation."""
+    return cost.train_flops(config.model, num_tokens=num_tokens, causal=config.causal) + 3 * head_flops(config)
+
+
 def state_bytes(config: Config, grad_accum_steps: int) -> dict[str, int]:
     """Bytes that one rank holds for weights, gradients, moments and average, by what they are.
 
@@ -74,7 +84,7 @@ def state_bytes(config: Config, grad_accum_steps: int) -> dict[str, int]:
         config: the run.
         grad_accum_steps: micro-batches per update.
     """
-    engine, P = config.engine, cost.num_parameters(config.model) + head_parameters(config)
+    engine, P = config.engine, num_parameters(config)
     low = engine.precision == "bf16_params"
     zero = engine.name.startswith("zero")
     optimizer_shards = config.cluster.world_size if zero else config.state_shards

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from nepa_dist import cost
 from nepa_dist.config import Config
-from nepa_dist.memory import NUM_CLASSES_IF_UNKNOWN, activation_bytes, head_flops, head_parameters, state_bytes
+from nepa_dist.memory import NUM_CLASSES_IF_UNKNOWN, activation_bytes, flops_per_image, head_flops, head_parameters, state_bytes
 from nepa_dist.plan import Plan, make_plan
 from nepa_dist.step_time import FABRICS, Fabric, Gpu, gpu_of, step_time
-
-ASSUMED_PEAK_FLOPS = 989e12
-"""Dense bf16 operations per second of an H100 or H200 (NVIDIA's data sheet)."""
 
 
 def build_report(config: Config, num_samples: int | None, note: str = "") -> str:
@@ -110,7 +107,7 @@ def _memory_rows(config: Config, plan: Plan) -> list[tuple[str, str]]:
 
 def _time_rows(config: Config, plan: Plan, steps: int | None) -> list[tuple[str, str]]:
     gpu, world = gpu_of(config), config.cluster.world_size
-    flops = _flops_per_image(config, plan)
+    flops = flops_per_image(config, plan.num_tokens)
     rows = [("training", "unknown, as the number of steps is")]
     if steps is not None:
         rows = [("training", _si(flops * steps * config.global_batch_size, "FLOP"))]
@@ -135,7 +132,7 @@ def _fabric_rows(config: Config, plan: Plan, steps: int | None, gpu: Gpu, fabric
         text += f" + communication {1e3 * time.exposed:.3g} (of {1e3 * time.communication:.3g}, the rest is hidden)"
     rate = config.global_batch_size / time.total
     peak = gpu.peak_fp32 if config.engine.precision == "fp32" else gpu.peak_bf16
-    share = rate / world * _flops_per_image(config, plan) / peak
+    share = rate / world * flops_per_image(config, plan.num_tokens) / peak
     rows = [
         (f"step{where}", f"{1e3 * time.total:.4g} ms: {text}"),
         ("images per second", f"{rate:,.0f}, {rate / world:,.0f} per GPU, {share:.0%} of {peak / 1e12:.0f} TFLOP/s"),
@@ -145,11 +142,6 @@ def _fabric_rows(config: Config, plan: Plan, steps: int | None, gpu: Gpu, fabric
         total = f"{hours * world:,.0f}" if hours * world >= 100 else f"{hours * world:.3g}"
         rows.append(("GPU-hours", f"{total}, {hours:.3g} hours or {hours / 24:.2g} days at world size {world}"))
     return rows
-
-
-def _flops_per_image(config: Config, plan: Plan) -> int:
-    """Operations of forward and backward of one image, without recomputation."""
-    return cost.train_flops(config.model, num_tokens=plan.num_tokens, causal=config.causal) + 3 * head_flops(config)
 
 
 def _si(value: float, unit: str) -> str:

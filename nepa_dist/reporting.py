@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-from nepa_dist import cost
 from nepa_dist.config import Config
 from nepa_dist.endpoint import describe_run, node_values, open_on_each_node
 from nepa_dist.engines.mesh import World
-from nepa_dist.memory import head_flops
+from nepa_dist.memory import flops_per_image
 from nepa_dist.metrics.collapse import spectral_metrics
 from nepa_dist.metrics.meter import Meter
 from nepa_dist.metrics.profile import peak_flops
@@ -258,13 +257,13 @@ class Reporter:
             "step_seconds": seconds,
             "step_expected_seconds": self._median.value,
             "data_wait_seconds": self._data_wait / steps,
-            "model_flops_total": done * self._device.flops_per_image(self._plan),
+            "model_flops_total": done * flops_per_image(self._config, self._plan.num_tokens),
             **{f"time_seconds_total.{phase}": passed for phase, passed in self._times.items()},
             **self._device.memory(),
         }
         if (peak := self._device.peak) is not None:
             row["peak_flops_per_second"] = peak
-            row["mfu"] = images * self._device.flops_per_image(self._plan) / (peak * self._world.world_size)
+            row["mfu"] = images * flops_per_image(self._config, self._plan.num_tokens) / (peak * self._world.world_size)
         return row
 
     def _of_ranks(self, report: StepReport) -> dict[str, float]:
@@ -305,12 +304,6 @@ class _DeviceFacts:
         self._config, self._cuda = config, device
         given = config.metrics.peak_tflops
         self.peak = given * 1e12 if given else peak_flops(_device_name(device), fp32=config.engine.precision == "fp32")
-
-    def flops_per_image(self, plan: Plan) -> float:
-        """Operations of forward and backward by formula (:mod:`nepa_dist.cost`)."""
-        config = self._config
-        backbone = cost.train_flops(config.model, num_tokens=plan.num_tokens, causal=config.causal)
-        return float(backbone + 3 * head_flops(config))
 
     def memory(self) -> dict[str, float]:
         """Memory of the host and of the accelerator's allocator."""

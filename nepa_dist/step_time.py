@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 from nepa_dist import cost
 from nepa_dist.config import Config
-from nepa_dist.memory import head_flops, head_parameters
+from nepa_dist.memory import head_flops, num_parameters
 from nepa_dist.plan import Plan
 
 
@@ -135,11 +135,6 @@ def step_time(config: Config, plan: Plan, gpu: Gpu, fabric: Fabric) -> StepTime:
     compute = device + launches
     exposed, communication = _communication(config, plan, fabric, forward=compute / 3, backward=compute * 2 / 3)
     return StepTime(matmul, attention, elementwise, launches, exposed, _optimizer(config, gpu), communication)
-
-
-def num_parameters(config: Config) -> int:
-    """Parameters of backbone and head."""
-    return cost.num_parameters(config.model) + head_parameters(config)
 
 
 def _compute(config: Config, plan: Plan, gpu: Gpu) -> tuple[float, float, float]:

@@ -58,6 +58,7 @@ ARROWS: dict[str, set[str]] = {
         "pictures",
         "report",
         "run_folder",
+        "step_time",
         "train",
         "curves",
         "visualize",

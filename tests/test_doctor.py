@@ -12,7 +12,7 @@ from nepa_dist.config import ModelConfig
 from nepa_dist.cost import train_flops
 from nepa_dist.data.containers import DataError
 from nepa_dist.data.open import open_container
-from nepa_dist.report import ASSUMED_PEAK_FLOPS
+from nepa_dist.step_time import GPUS
 
 FAST = Speed(2000.0, 0.0, 1.0, 256, 30_000, 0, 1000)
 
@@ -50,7 +50,7 @@ def test_bad_samples_are_counted_and_only_bad_ones_are_an_error(folder: Path) ->
 def test_gpus_ask_for_what_their_operations_allow() -> None:
     model = ModelConfig(preset="vit_b")
     asked = images_per_second_per_gpu("vit_b")
-    assert asked * train_flops(model, num_tokens=256) == pytest.approx(module.UTILISATION * ASSUMED_PEAK_FLOPS)
+    assert asked * train_flops(model, num_tokens=256) == pytest.approx(module.UTILISATION * GPUS["h100"].peak_bf16)
     assert images_per_second_per_gpu("vit_l") < asked < images_per_second_per_gpu("vit_s")
 
 
