@@ -75,10 +75,16 @@ def endpoint(live):
     return json.loads(live.target_file.read_text())[0]["targets"][0]
 
 
-def test_every_metric_of_the_registry_is_really_there(watched):
-    live, _ = watched
+def exposition(live):
     with urllib.request.urlopen(f"http://{endpoint(live)}/metrics", timeout=10) as response:
-        text = response.read().decode()
+        return response.read().decode()
+
+
+def test_every_metric_of_the_registry_is_really_there(watched):
+    live, prometheus = watched
+    # It is in the second answer: an endpoint has nothing to tell about scrapes before the first.
+    prometheus.wait_for(lambda: "nepa_scrape_seconds_bucket" in exposition(live), 30, "the time of a scrape")
+    text = exposition(live)
     for metric in METRICS.values():
         full = prometheus_name(metric) + ("_bucket" if metric.kind == "histogram" else "")
         found = f"\n{full}{{" in text

@@ -62,7 +62,7 @@ def two_nodes(tmp_path_factory):
 def test_each_node_has_a_port_of_its_own_and_serves_what_it_sees(two_nodes):
     root, _, prometheus = two_nodes
     assert sorted(path.name for path in (root / FOLDER).glob("*.json")) == ["live.json", "live@node-1.json"]
-    assert prometheus.value('count(up{run="live"} == 1)') == 2
+    prometheus.wait_for(lambda: prometheus.value('count(up{run="live"} == 1)') == 2, 30, "both nodes")
     assert prometheus.value('up{instance="live"}') == prometheus.value('up{instance="live/1", node="1"}') == 1
     for metric in METRICS.values():
         found = {sample["metric"].get("instance"): sample for sample in prometheus.query(prometheus_name(metric))}

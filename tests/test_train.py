@@ -20,7 +20,7 @@ from nepa_dist.metrics.sinks import read_curve
 ROOT = Path(__file__).parents[1]
 SMALL = [
     *("model.image_size=32", "model.patch_size=8", "model.embed_dim=32", "model.depth=2", "model.num_heads=2"),
-    *("global_batch_size=8", "micro_batch_size=4", "steps=24", "checkpoint.every=4"),
+    *("global_batch_size=8", "micro_batch_size=4", "steps=40", "checkpoint.every=4"),
     *("metrics.every=1", "metrics.collapse_every=6"),
     *(
         "data.num_workers=1",
@@ -51,16 +51,22 @@ def start(run_dir, data, *settings, options=()):
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def wait_for_step(run_dir, step, process):
+def wait_for_steps(run_dir, count, process):
+    """Until the run has logged ``count`` steps beyond those of its earlier starts."""
+    file = run_dir / "metrics.jsonl"
+    wanted = newest_step(file) + count
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
-        file = run_dir / "metrics.jsonl"
-        if file.exists() and any(row["step"] >= step for row in read_curve(file)):
+        if newest_step(file) >= wanted:
             return
         if process.poll() is not None:
             raise AssertionError(f"the run ended early with {process.returncode}:\n{process.stdout.read()}")
         time.sleep(0.02)
     raise AssertionError("the run did not get to the step in time")
+
+
+def newest_step(file):
+    return max((row["step"] for row in read_curve(file)), default=0) if file.exists() else 0
 
 
 def curve(run_dir):
@@ -111,12 +117,12 @@ def test_a_run_folder_explains_itself(unbroken):
     assert start["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert {path.name for path in (unbroken / "figures").iterdir()} == {"loss.png", "grad_norm.png", "collapse.png"}
     rows = read_curve(unbroken / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 25))
-    assert rows[-1]["samples_seen"] == 24 * 8
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert rows[-1]["samples_seen"] == 40 * 8
     assert 0 < rows[5]["embedding_effective_rank.target"] <= 32
     # Newest three are kept.
-    assert CheckpointStore(unbroken / "checkpoints").steps() == [16, 20, 24]
-    assert "finished 24 steps" in (unbroken / "log.txt").read_text()
+    assert CheckpointStore(unbroken / "checkpoints").steps() == [32, 36, 40]
+    assert "finished 40 steps" in (unbroken / "log.txt").read_text()
 
 
 def test_the_resolved_configuration_repeats_the_run(unbroken, images, tmp_path):
@@ -133,9 +139,9 @@ def test_killed_twice_and_resumed_to_the_bit(images, unbroken, tmp_path, ranks):
         whole = tmp_path / "whole"
         assert run(whole, images, options=options).returncode == 0
     broken = tmp_path / "broken"
-    for step in (6, 15):
+    for _ in range(2):
         process = start(broken, images, options=options)
-        wait_for_step(broken, step, process)
+        wait_for_steps(broken, 6, process)
         process.kill()
         process.wait()
     # The newest one is lost as well: otherwise the kill may come before anything was logged beyond it.
@@ -159,15 +165,14 @@ def test_two_ranks_give_the_numbers_of_one(images, unbroken, tmp_path):
 
 
 def test_a_run_continues_on_other_engines_and_ranks(images, unbroken, tmp_path):
-    places = [("ddp", "1", 6), ("fsdp2", "2", 14), ("fsdp2", "1", None)]
-    for engine, ranks, stop_at in places:
+    for engine, ranks, code in (("ddp", "1", 75), ("fsdp2", "2", 75), ("fsdp2", "1", 0)):
         options = ["--engine", engine, "--gpus-per-node", ranks]
         process = start(tmp_path / "run", images, options=options)
-        if stop_at is not None:
-            wait_for_step(tmp_path / "run", stop_at, process)
+        if code == 75:
+            wait_for_steps(tmp_path / "run", 3, process)
             process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=90)[0]
-        assert process.returncode == (0 if stop_at is None else 75), output
+        assert process.returncode == code, output
     assert "continuing from" in output
     for (step, loss, norm), (other_step, other_loss, other_norm) in zip(curve(unbroken), curve(tmp_path / "run"), strict=True):
         assert step == other_step
@@ -179,13 +184,13 @@ def test_a_run_continues_on_other_engines_and_ranks(images, unbroken, tmp_path):
 def test_a_signal_saves_and_asks_to_be_run_again(images, unbroken, tmp_path, number):
     ranks = "2" if number == signal.SIGUSR2 else "1"
     process = start(tmp_path / "run", images, options=["--gpus-per-node", ranks])
-    wait_for_step(tmp_path / "run", 5, process)
+    wait_for_steps(tmp_path / "run", 5, process)
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75, output
     assert f"stopped by {number.name}" in output
     step, _ = weights(tmp_path / "run")
-    assert step == curve(tmp_path / "run")[-1][0] < 24
+    assert step == curve(tmp_path / "run")[-1][0] < 40
     if ranks == "1":
         assert run(tmp_path / "run", images).returncode == 0
         assert_same_run(unbroken, tmp_path / "run")
@@ -208,8 +213,8 @@ def test_other_settings_in_the_same_folder_are_refused(unbroken, images):
 
 
 def test_other_images_under_the_same_run_are_refused(images, tmp_path):
-    assert run(tmp_path / "run", images, "steps=24", "guard.max_consecutive_skips=3").returncode == 0
-    os.rename(tmp_path / "run/checkpoints/step-00000024", tmp_path / "elsewhere")
+    assert run(tmp_path / "run", images, "guard.max_consecutive_skips=3").returncode == 0
+    os.rename(tmp_path / "run/checkpoints/step-00000040", tmp_path / "elsewhere")
     extra = tmp_path / "more"
     extra.mkdir()
     for path in images.rglob("*.png"):
@@ -221,7 +226,7 @@ def test_other_images_under_the_same_run_are_refused(images, tmp_path):
 
 def test_a_damaged_checkpoint_is_passed_over(images, unbroken, tmp_path):
     process = start(tmp_path / "run", images)
-    wait_for_step(tmp_path / "run", 14, process)
+    wait_for_steps(tmp_path / "run", 14, process)
     process.kill()
     process.wait()
     newest = CheckpointStore(tmp_path / "run/checkpoints").latest().path
@@ -307,7 +312,7 @@ def test_a_checkpoint_that_cannot_be_written_harms_nothing(images, tmp_path):
     store = CheckpointStore(tmp_path / "run/checkpoints")
     for step in (16, 20, 24):
         os.rename(store.root / f"step-{step:08}", tmp_path / f"step-{step}")
-    result = run(tmp_path / "run", images, "model.depth=4", "checkpoint.keep_last=9", preexec_fn=limit_file_size)
+    result = run(tmp_path / "run", images, "model.depth=4", "checkpoint.keep_last=9", "steps=24", preexec_fn=limit_file_size)
     assert result.returncode == 1
     output = result.stdout + result.stderr
     assert "checkpoint at step 16 failed" in output
@@ -319,7 +324,7 @@ def test_a_checkpoint_that_cannot_be_written_harms_nothing(images, tmp_path):
 
 def test_a_second_trainer_is_kept_out(images, tmp_path):
     process = start(tmp_path / "run", images, "steps=4000")
-    wait_for_step(tmp_path / "run", 2, process)
+    wait_for_steps(tmp_path / "run", 2, process)
     second = run(tmp_path / "run", images, "steps=4000")
     assert second.returncode == 2
     assert "a run is going on" in second.stderr
@@ -331,7 +336,7 @@ def test_metrics_endpoint_serves_the_run(images, tmp_path):
     import urllib.request
 
     process = start(tmp_path / "run", images, "steps=4000")
-    wait_for_step(tmp_path / "run", 8, process)
+    wait_for_steps(tmp_path / "run", 8, process)
     endpoint = json.loads((tmp_path / "run/run.json").read_text())["starts"][0]["metrics_endpoint"]
     text = urllib.request.urlopen(endpoint, timeout=10).read().decode()
     process.send_signal(signal.SIGTERM)
