@@ -32,7 +32,7 @@ $(STAMP):
 	@test -x $(RUN) && $(RUN) -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	@rm -f $(VENV)/.setup-*
 	@$(PIP_INSTALL) pip
-	@$(PIP_INSTALL) --build-constraint constraints.txt --editable '.[deepspeed,parquet,prep,slurm,streaming,webdataset,dev]'
+	@$(PIP_INSTALL) --build-constraint constraints.txt --editable '.[deepspeed,fp8,parquet,prep,slurm,streaming,webdataset,dev]'
 ifdef FFCV
 	@echo "setup: building ffcv"
 	@$(PIP_INSTALL) --build-constraint constraints.txt ffcv

@@ -96,6 +96,9 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16_autocast", "bf16_params"] = "bf16_autocast"
     """bf16_autocast (paper): fp32 weights, matrix products in bf16. bf16_params: forward and backward on a bf16 copy of the
     weights, which are kept and updated in fp32."""
+    fp8: Literal["off", "tensorwise", "rowwise"] = "off"
+    """Round the operands of the blocks' linear layers to 8 bits, with one scale for each tensor, or for each of its rows, which
+    is slower and more exact. For wide models on a GPU that has fp8; first see what it does to the loss: docs/performance.md."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Of gradients while they are averaged over the ranks; bf16 halves the traffic and loses digits."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"

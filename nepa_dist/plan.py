@@ -142,6 +142,8 @@ def _engine_problems(config: Config) -> list[str]:
             "engine.compile with engine.name zero3: DeepSpeed gathers weights in hooks inside the block, which a compiled one "
             "does not call; use fsdp2, which shards as much, or compile: false"
         )
+    if engine.fp8 != "off" and engine.precision == "fp32":
+        problems.append(f"engine.fp8 {engine.fp8} with engine.precision fp32: all else is in bf16 then; use bf16_autocast")
     if zero and engine.deterministic and engine.device != "cpu":
         problems.append("engine.deterministic with DeepSpeed: its bucketed reductions promise no order; use ddp or fsdp2")
     if engine.shard_size is not None and engine.name != "hsdp":

@@ -91,7 +91,7 @@ ARROWS: dict[str, set[str]] = {
     "memory": {"config", "cost", "heads.upernet_cost"},
     "tasks": {"config", "data.mixup", "heads", "keyed", "model", "presets"} | _MEASURES,
     "checkpoint": {"engines.base"},
-    "engines": {"attention", "config", "linear", "metrics.registry", "optim", "plan"},
+    "engines": {"attention", "config", "fp8", "linear", "metrics.registry", "optim", "plan"},
     "optim": {"config", "plan"},
     "curves": {"metrics.sinks", "pictures"},
     "gallery": {"config", "data"},
@@ -101,6 +101,7 @@ ARROWS: dict[str, set[str]] = {
     "trained": {"checkpoint", "config", "data.device", "model", "names", "official", "provenance", "tasks"},
     "guard": {"state"},
     "model": {"attention", "config", "keyed", "linear", "presets"},
+    "fp8": set(),
     "linear": set(),
     "attention": set(),
     "data": {"config", "presets"},
@@ -124,6 +125,7 @@ ARROWS: dict[str, set[str]] = {
 
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("nepa_dist/engines/zero.py",),
+    "torchao": ("nepa_dist/fp8.py",),
     "prometheus_client": ("nepa_dist/metrics/exporter.py",),
     "tensorboardX": ("nepa_dist/metrics/trackers.py",),
     "wandb": ("nepa_dist/metrics/wandb_process.py",),

@@ -169,6 +169,14 @@ def test_what_saves_memory_or_time_changes_no_number(plain, name, ranks, options
     assert_equals_plain(run_ranks(train, ranks, name, options, timeout=280), plain)
 
 
+@pytest.mark.parametrize("kind", ["full", "selective"])
+@pytest.mark.parametrize("precision", PRECISIONS[1:])
+def test_what_is_computed_again_is_computed_in_the_same_precision(plain_low, precision, kind):
+    rows, states, _, _ = train("ddp", {"precision": precision, "activation_checkpointing": kind})
+    assert rows == plain_low[precision][0]
+    assert_equal(states[-1], plain_low[precision][1][-1], atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS[1:])
 def test_bf16_agrees_with_plain(plain_low, results, precision):
     rows, states, _, _ = plain_low[precision]

@@ -248,9 +248,9 @@ def test_an_unknown_option_exits_with_2(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_at_once_and_leaves_nothing_half(tmp_path: Path, number: signal.Signals) -> None:
-    images, out = image_folder(tmp_path / "images", num_classes=2, per_class=30, size=(640, 480)), tmp_path / "out"
+    images, out = image_folder(tmp_path / "images", num_classes=2, per_class=150, size=(640, 480)), tmp_path / "out"
     command = [sys.executable, "-m", "data_prep", "prepare", str(images), str(out), "--split", "train"]
-    command += ["--container", "mds", "--policy", "short400-q100", "--shards", "10", "--workers", "2"]
+    command += ["--container", "mds", "--policy", "short400-q100", "--shards", "100", "--workers", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while process.poll() is None and not list(out.glob("train/parts/*.json")):

@@ -1,6 +1,6 @@
-"""Attention, activation checkpointing and compilation, applied to the blocks of a backbone in one order for every engine.
+"""Attention, fp8, activation checkpointing and compilation, applied to the blocks of a backbone in one order for every engine.
 
-The order is attention, checkpoint, compile, shard. A block keeps its class and its parameters keep their names: only the
+The order is attention, fp8, checkpoint, compile, shard. A block keeps its class and its parameters keep their names: only the
 function behind ``block(...)`` is replaced, so the hooks of an engine stay outside of what is compiled or computed again.
 """
 
@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from nepa_dist.attention import choose_attention
 from nepa_dist.config import ConfigError, EngineConfig
+from nepa_dist.fp8 import convert
 from nepa_dist.linear import Linear, prefers_onednn
 
 if TYPE_CHECKING:
     from nepa_dist.tasks.base import Task
+
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+"""Around a forward and around its repetition in backward."""
 
 _aten = torch.ops.aten
 KEPT = {
@@ -29,6 +34,7 @@ KEPT = {
     _aten.addmm.default,
     _aten.bmm.default,
     _aten.baddbmm.default,
+    _aten._scaled_mm.default,
     torch.ops.nepa_dist.linear.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -44,18 +50,20 @@ def keep_compiled(folder: Path) -> None:
 
 
 def prepare(task: Task, config: EngineConfig, device: torch.device) -> None:
-    """Choose the attention of ``task.backbone``, wrap the forward of every block and compile the task's loss, in place.
+    """Choose attention and products of ``task.backbone``, wrap the forward of every block, compile the task's loss; in place.
 
     Args:
         task: the module to train.
-        config: ``attention``, ``patch_embed``, ``activation_checkpointing`` and ``compile``.
+        config: ``attention``, ``fp8``, ``patch_embed``, ``activation_checkpointing`` and ``compile``.
         device: where it will run.
 
     Raises:
-        ConfigError: the device does not have this attention.
+        ConfigError: the device does not have this attention, or no fp8.
     """
     try:
         attend = choose_attention(config.attention, device)
+        if config.fp8 != "off":
+            convert(cast(Any, task.backbone.blocks), config.fp8, device)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     task.backbone.patch_embed.as_matmul = config.patch_embed == "matmul"
@@ -67,7 +75,10 @@ def prepare(task: Task, config: EngineConfig, device: torch.device) -> None:
         block.attn.attend = attend
         forward: Callable[..., Any] = block.forward
         if config.activation_checkpointing != "none":
-            forward = _checkpointed(forward, selective=config.activation_checkpointing == "selective")
+            # A compiled block gets its parameters as inputs, which are kept like others.
+            copied = config.name == "ddp" and config.precision == "bf16_params" and not config.compile
+            selective = config.activation_checkpointing == "selective"
+            forward = _checkpointed(forward, block if copied else None, selective=selective)
         if config.compile:
             # A part that cannot be compiled is an error: run in between, it would cost more than compiling saves.
             forward = torch.compile(forward, fullgraph=True)
@@ -77,22 +88,44 @@ def prepare(task: Task, config: EngineConfig, device: torch.device) -> None:
         task.compile_loss()
 
 
-def _checkpointed(forward: Callable[..., Any], *, selective: bool) -> Callable[..., Any]:
-    options: dict[str, Any] = {"use_reentrant": False}
-    if selective:
-        options["context_fn"] = _selective_contexts
+def _checkpointed(forward: Callable[..., Any], block: nn.Module | None, *, selective: bool) -> Callable[..., Any]:
+    """``forward``, computed again in backward; with ``block``, with the parameters that it had in forward, which are copies."""
+    contexts = _selective_contexts if selective else noop_context_fn
 
     @functools.wraps(forward)
     def run(*args: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args)
-        return checkpoint(forward, *args, **options)
+        context_fn = contexts
+        if block is not None:
+            context_fn = functools.partial(_again_with, block, dict(block.named_parameters()), contexts)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=context_fn)
 
     return run
 
 
-def _selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]] = create_selective_checkpoint_contexts(_policy)
+def _again_with(block: nn.Module, parameters: dict[str, Tensor], contexts: Callable[[], Contexts]) -> Contexts:
+    forward, again = contexts()
+    return forward, _holding(block, parameters, again)
+
+
+@contextmanager
+def _holding(block: nn.Module, parameters: dict[str, Tensor], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    """Within the context these are the block's parameters."""
+    places = {name: block.get_submodule(name.rpartition(".")[0])._parameters for name in parameters}
+    before = {name: place[name.rpartition(".")[2]] for name, place in places.items()}
+    try:
+        for name, place in places.items():
+            place[name.rpartition(".")[2]] = cast(nn.Parameter, parameters[name])
+        with inner:
+            yield
+    finally:
+        for name, place in places.items():
+            place[name.rpartition(".")[2]] = before[name]
+
+
+def _selective_contexts() -> Contexts:
+    contexts: Contexts = create_selective_checkpoint_contexts(_policy)
     return contexts
 
 
