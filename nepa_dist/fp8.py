@@ -1,7 +1,7 @@
 """Linear layers of the blocks in fp8, by torchao: operands of their products are rounded to 8 bits, weights stay as they are.
 
-A CPU rounds the operands all the same and then multiplies them as they are (emulation), which is slower than without fp8. So its
-effect on the loss can be told anywhere, its speed on a GPU alone.
+A CPU rounds the operands all the same and then multiplies them as they are (emulation), slower than without fp8. So its effect
+on the loss can be told anywhere, its speed on a GPU alone.
 """
 
 from __future__ import annotations
