@@ -28,14 +28,28 @@ ROOT = Path(__file__).resolve().parents[1]
 SPANS = 10
 
 
-def train(model: str, run_dir: Path, words: Sequence[str], settings: Sequence[str]) -> list[dict[str, float]]:
+def train(command: Sequence[str], run_dir: Path) -> list[dict[str, float]]:
     """Train in the shell's way; returns the rows of the run's curve."""
-    command = [sys.executable, str(ROOT / "jobs/submit.py"), "pretrain", model, "--cluster", "local", "--run-dir", str(run_dir)]
-    command += [*words, *(part for setting in settings for part in ("--set", setting))]
-    print(shlex.join(command), flush=True)
-    if code := subprocess.run(command, check=False).returncode:
-        raise SystemExit(f"error: the run in {run_dir} ended with {code}; what it said is above")
+    print(f"{shlex.join(command)}\n  (its progress: {run_dir / 'log.txt'})", flush=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{done.stdout}{done.stderr}error: the run in {run_dir} ended with {done.returncode}")
     return read_curve(run_dir / "metrics.jsonl")
+
+
+def train_all(model: str, folder: Path, words: Sequence[str], arms: dict[str, list[str]]) -> dict[str, list[dict[str, float]]]:
+    """Check all arms, then train them; returns their curves."""
+    commands = {}
+    for name, settings in arms.items():
+        run_dir = folder / name.replace(" ", "-")
+        command = [sys.executable, str(ROOT / "jobs/submit.py"), "pretrain", model, "--cluster", "local"]
+        command += ["--run-dir", str(run_dir), *words, *(part for setting in settings for part in ("--set", setting))]
+        commands[name] = (command, run_dir)
+    for name, (command, _) in commands.items():
+        checked = subprocess.run([*command, "--check"], capture_output=True, text=True, check=False)
+        if checked.returncode:
+            raise SystemExit(f"{checked.stdout}{checked.stderr}error: the run '{name}' cannot be made as it is")
+    return {name: train(command, run_dir) for name, (command, run_dir) in commands.items()}
 
 
 def spans(rows: Sequence[dict[str, float]]) -> list[float]:
@@ -107,13 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--steps {args.steps}: at least {2 * SPANS}, two for each span")
     words = ["--data", args.data, "--gpus-per-node", str(args.gpus_per_node)]
     shared = [f"steps={args.steps}", "metrics.every=1", *args.set]
-    arms = {"as given": [], "changed": args.change, "rounding": ["engine.attention=" + _other_attention(args.set)]}
+    arms = {"as given": [], "changed": args.change, "rounding": [f"engine.attention={_other_attention(args.set)}"]}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.runs or Path(scratch)
-        curves = {
-            name: train(args.model, folder / name.replace(" ", "-"), words, [*shared, *settings])
-            for name, settings in arms.items()
-        }
+        curves = train_all(args.model, args.runs or Path(scratch), words, {k: [*shared, *own] for k, own in arms.items()})
     about = place(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     report = compare(curves, args.tolerance) | {
         "model": args.model,
