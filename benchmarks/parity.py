@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,35 +20,10 @@ from typing import Any
 import torch
 
 from benchmarks.rounds import place
+from benchmarks.runs import train_all
 from benchmarks.step import RESULTS, write
-from nepa_dist.metrics.sinks import read_curve
 
-ROOT = Path(__file__).resolve().parents[1]
 SPANS = 10
-
-
-def train(command: Sequence[str], run_dir: Path) -> list[dict[str, float]]:
-    """Train in the shell's way; returns the rows of the run's curve."""
-    print(f"{shlex.join(command)}\n  (its progress: {run_dir / 'log.txt'})", flush=True)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{done.stdout}{done.stderr}error: the run in {run_dir} ended with {done.returncode}")
-    return read_curve(run_dir / "metrics.jsonl")
-
-
-def train_all(model: str, folder: Path, words: Sequence[str], arms: dict[str, list[str]]) -> dict[str, list[dict[str, float]]]:
-    """Check all arms, then train them; returns their curves."""
-    commands = {}
-    for name, settings in arms.items():
-        run_dir = folder / name.replace(" ", "-")
-        command = [sys.executable, str(ROOT / "jobs/submit.py"), "pretrain", model, "--cluster", "local"]
-        command += ["--run-dir", str(run_dir), *words, *(part for setting in settings for part in ("--set", setting))]
-        commands[name] = (command, run_dir)
-    for name, (command, _) in commands.items():
-        checked = subprocess.run([*command, "--check"], capture_output=True, text=True, check=False)
-        if checked.returncode:
-            raise SystemExit(f"{checked.stdout}{checked.stderr}error: the run '{name}' cannot be made as it is")
-    return {name: train(command, run_dir) for name, (command, run_dir) in commands.items()}
 
 
 def spans(rows: Sequence[dict[str, float]]) -> list[float]:

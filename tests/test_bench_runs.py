@@ -1,10 +1,10 @@
-"""The gate on the loss: real runs side by side, and what makes it fail."""
+"""Benchmarks that train whole runs: the gate on the loss, and what the loop costs beside its steps."""
 
 import json
 
 import pytest
 
-from benchmarks import parity
+from benchmarks import loop, parity
 
 SMALL = ["model.image_size=32", "model.patch_size=8", "model.embed_dim=32", "model.depth=1", "model.num_heads=2"]
 SMALL += ["global_batch_size=8", "micro_batch_size=8", "data.num_workers=0", "engine.device=cpu", "optim.warmup_steps=2"]
@@ -39,3 +39,19 @@ def test_a_difference_within_the_tolerance_passes():
     assert passed["passed"]
     assert passed["gap"] == pytest.approx({"changed": 0.004, "rounding": 1e-5})
     assert not parity.compare(curves, 0.003)["passed"]
+
+
+def test_the_loop_tells_where_its_time_goes(tmp_path, capsys):
+    assert loop.main([*WORDS, "--every", "8", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("loop_vit_tiny_*.json")
+    report = json.loads(path.read_text())
+    saving, without = report["arms"]["saving"], report["arms"]["without"]
+    assert len(saving["stall_seconds"]) == 2
+    assert not without["stall_seconds"]
+    assert saving["seconds"]["checkpoint_stall"] == pytest.approx(sum(saving["stall_seconds"]))
+    assert saving["save_bytes"] > 0
+    assert 0 < report["usual_share"] < 1
+    assert "The loop stood still for" in path.with_suffix(".md").read_text()
+    with pytest.raises(SystemExit):
+        loop.main([*WORDS, "--every", "20"])
+    assert "--every 20" in capsys.readouterr().err
