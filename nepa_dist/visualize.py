@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nepa_dist.arguments import joined
 from nepa_dist.curves import plot_curves
 from nepa_dist.pictures import MapRow, draw_maps, draw_segmentation
 
@@ -235,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--whole", action="store_true", help="the model sees the whole image; its short side gets the size")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/figures; for weights the current folder")
     parser.add_argument("--raw", action="store_true", help="use the weights themselves, not their average")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(joined(argv))
     logging.basicConfig(format="%(message)s")
     try:
         for path in _run(args):

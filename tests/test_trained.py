@@ -198,7 +198,7 @@ def test_a_run_gets_a_picture_of_three_panels_and_three_queries(run, photo, caps
     picture = run / "figures" / "0_maps.png"
     assert f"wrote {picture}" in capsys.readouterr().out
     width, height = size_of(picture)
-    assert main([str(run), str(photo), "--layers", "0,-1", "--query", "1,2", "--size", "32", "--out", str(run / "new")]) == 0
+    assert main([str(run), str(photo), "--layers", "-2,-1", "--query", "1,2", "--size", "32", "--out", str(run / "new")]) == 0
     wider, lower = size_of(run / "new" / "0_maps.png")
     assert (wider > width, lower < height) == (True, True)
 
