@@ -131,9 +131,10 @@ def load_backbone(path: str | Path, *, ema: bool = True) -> Backbone:
         In evaluation mode, on the CPU, in fp32.
 
     Raises:
-        WeightsError, CheckpointError, OfficialFormatError: as for :func:`read_weights`, or tensors do not fit.
+        WeightsError, CheckpointError, OfficialFormatError: as for :func:`read_weights`; or tensors do not fit, or raw weights
+            are asked for of a file of averages.
     """
-    state, config, provenance, _ = read_weights(path, ema=ema)
+    state, config, provenance, _ = _read_as_asked(path, ema=ema)
     prefix = "backbone."
     own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     with torch.device("meta"):  # weights that are overwritten need not be drawn: 7 of 8 seconds for vit_l
@@ -150,9 +151,9 @@ def load_trained(path: str | Path, *, ema: bool = True) -> Trained:
         ema: see :func:`read_weights`.
 
     Raises:
-        WeightsError, CheckpointError, OfficialFormatError: as for :func:`read_weights`, or tensors do not fit.
+        WeightsError, CheckpointError, OfficialFormatError: as for :func:`load_backbone`.
     """
-    state, config, provenance, _ = read_weights(path, ema=ema)
+    state, config, provenance, _ = _read_as_asked(path, ema=ema)
     try:
         task = build_task(config)
     except ConfigError as error:
@@ -188,6 +189,17 @@ def read_weights(path: str | Path, *, ema: bool = True) -> Weights:
     raise WeightsError(
         f"{path} is no run (no checkpoints/ in it), no checkpoint (no manifest.json) and no weights (no config.json)"
     )
+
+
+def _read_as_asked(path: str | Path, *, ema: bool) -> Weights:
+    """:func:`read_weights`, but averages are never given for raw weights."""
+    weights = read_weights(path, ema=ema)
+    if not ema and weights.provenance.weights == "ema":
+        raise WeightsError(
+            f"{path} holds only {weights.provenance.origin}: leave --raw out (ema=True) to take them, or name the run or the "
+            "checkpoint that they are from, which has the raw ones"
+        )
+    return weights
 
 
 def _from_run(run_dir: Path, *, ema: bool) -> Weights:

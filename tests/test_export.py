@@ -14,7 +14,7 @@ from nepa_dist.checkpoint.store import CheckpointStore
 from nepa_dist.config import Config
 from nepa_dist.export import main
 from nepa_dist.tasks.build import build_task
-from nepa_dist.trained import load_backbone, load_trained
+from nepa_dist.trained import WeightsError, load_backbone, load_trained
 
 MODEL = {"image_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DATA = {"source": "/data/secret-place/photos", "mean": [0.1, 0.2, 0.3]}
@@ -165,6 +165,22 @@ def test_the_card_says_what_the_weights_are_and_what_they_score(runs, tmp_path):
     (run / "metrics.jsonl").unlink()
     assert main([str(run), str(tmp_path / "bare")]) == 0
     assert "None are recorded." in (tmp_path / "bare" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("form", ["native", "official"])
+def test_averages_are_not_given_for_raw_weights(runs, tmp_path, capsys, form):
+    assert main([str(runs["finetune"]), str(tmp_path / "averages"), "--format", form]) == 0
+    assert main([str(runs["finetune"]), str(tmp_path / "raw"), "--format", form, "--raw"]) == 0
+    capsys.readouterr()
+    assert main([str(tmp_path / "averages"), str(tmp_path / "out"), "--raw"]) == 2
+    output = capsys.readouterr()
+    assert "averages holds only step 20, averaged weights: leave --raw out" in output.err
+    assert output.out == ""
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(WeightsError, match="averages holds only step 20"):
+        load_backbone(tmp_path / "averages", ema=False)
+    assert main([str(tmp_path / "raw"), str(tmp_path / "out"), "--raw"]) == 0
+    assert header(tmp_path / "out")["weights"] == "raw"
 
 
 @pytest.mark.parametrize(
