@@ -148,6 +148,11 @@ def _run(args: argparse.Namespace) -> Iterator[Path]:
     out = args.out or (args.model / "figures" if is_run else Path())
     where = f"{args.model.resolve().name}, {trained.origin}"
     if isinstance(trained.task, SegmentTask) and not (args.query or args.query_patch or args.layers):
+        if args.size or args.whole:
+            raise ValueError(
+                "--size and --whole are for maps: the classes of a segmentation model are drawn over the whole image, at the "
+                "size it is evaluated at. Leave them out, or add --query or --layers to draw maps"
+            )
         names = _class_names(trained.config, data)
         for image in images:
             path = out / f"{image.name}_segmentation.png"

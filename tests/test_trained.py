@@ -27,6 +27,12 @@ TASK = build_task(CONFIG)
 CLASSIFIER = Config.model_validate(CONFIG.model_dump() | {"task": "finetune", "finetune": {"num_classes": 3}})
 
 
+SEGMENTER = Config.model_validate(
+    CONFIG.model_dump()
+    | {"task": "segment", "segment": {"num_classes": 3, "taps": [0, 0, 1, 1], "channels": 16, "aux_channels": 8}}
+)
+
+
 def save_step(run, step, *, ema=True, config=CONFIG):
     """A checkpoint whose raw weights are the initial ones plus the step; the averages, of what is trained, are the initial."""
     entries = []
@@ -211,6 +217,19 @@ def test_a_classifier_has_no_similarity_map(tmp_path, photo):
         assert main([str(tmp_path / name), str(photo), "--query-patch", "7", "--out", str(tmp_path / name)]) == 0
         sizes.append(size_of(tmp_path / name / "0_maps.png"))
     assert sizes[0][0] > sizes[1][0]
+
+
+def test_options_of_maps_are_not_ignored_in_a_picture_of_classes(tmp_path, photo, capsys):
+    save_step(tmp_path / "run", 1, config=SEGMENTER)
+    for options in (["--size", "32"], ["--whole"]):
+        assert main([str(tmp_path / "run"), str(photo), *options]) == 2
+        error = capsys.readouterr().err
+        assert "--size and --whole are for maps" in error
+        assert "add --query or --layers" in error
+        assert not (tmp_path / "run" / "figures").exists()
+    assert main([str(tmp_path / "run"), str(photo)]) == 0
+    assert main([str(tmp_path / "run"), str(photo), "--size", "32", "--query", "7,7"]) == 0
+    assert {path.name for path in (tmp_path / "run" / "figures").iterdir()} == {"0_segmentation.png", "0_maps.png"}
 
 
 def test_a_name_with_dollar_signs_is_no_formula(run, photo, tmp_path):
