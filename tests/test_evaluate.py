@@ -163,7 +163,14 @@ def test_a_folder_that_cannot_be_written_costs_no_results(run_dir, tmp_path, cap
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--probes", "knn,magic"), ("--layers", "3,last"), ("--layers", "-1,last"), ("--k", "10,0"), ("--num-train", "0"), ("--epochs", "all")],
+    [
+        ("--probes", "knn,magic"),
+        ("--layers", "3,last"),
+        ("--layers", "-1,last"),
+        ("--k", "10,0"),
+        ("--num-train", "0"),
+        ("--epochs", "all"),
+    ],
 )
 def test_options_that_mean_nothing_are_named(option, value, capsys):
     with pytest.raises(SystemExit):
