@@ -55,6 +55,7 @@ ARROWS: dict[str, set[str]] = {
         "metrics.registry",
         "metrics.sinks",
         "metrics.trackers",
+        "online_knn",
         "pictures",
         "report",
         "run_folder",
