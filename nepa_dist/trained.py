@@ -226,7 +226,9 @@ def _from_checkpoint(folder: Path, *, ema: bool, check_digests: bool) -> Weights
 
 def _from_folder(path: Path, *, ema: bool) -> Weights:
     """Exported or official weights: a folder, or a file in it."""
-    folder = path.parent if path.is_file() else path
+    # Where a link leads is looked up once: that of a run's best weights may be moved between two files.
+    folder = (path.parent if path.is_file() else path).resolve()
+    path = folder / path.name if path.is_file() else folder
     try:
         settings = read_json(folder / "config.json", "it says what model these weights are of")
     except OfficialFormatError as error:

@@ -146,7 +146,7 @@ def _run(args: argparse.Namespace) -> Iterator[Path]:
     images = [*from_files(args.images), *from_samples(data, args.samples, trained.config.model.image_size)]
     is_run = (args.model / "checkpoints").is_dir()
     out = args.out or (args.model / "figures" if is_run else Path())
-    where = f"{args.model.resolve().name}, {trained.origin}"
+    where = f"{args.model.absolute().name}, {trained.origin}"
     if isinstance(trained.task, SegmentTask) and not (args.query or args.query_patch or args.layers):
         if args.size or args.whole:
             raise ValueError(

@@ -142,6 +142,7 @@ def test_the_best_weights_are_kept_as_what_they_are(whole):
     best = max(rows, key=lambda row: (row[key], -row["step"]))
     results = json.loads((run_dir / "best" / "results.json").read_text())
     assert (results["step"], results[key]) == (best["step"], best[key])
+    assert {path.name for path in run_dir.glob("best*")} == {"best", os.readlink(run_dir / "best")}
     with safe_open(run_dir / "best" / "model.safetensors", "pt") as file:
         facts = file.metadata()
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping

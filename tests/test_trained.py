@@ -15,6 +15,7 @@ from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.checkpoint.store import CheckpointStore
 from nepa_dist.config import Config
 from nepa_dist.export import export
+from nepa_dist.official import read_json
 from nepa_dist.tasks.build import build_task
 from nepa_dist.trained import WeightsError, load_backbone, load_trained
 from nepa_dist.visualize import default_queries, main
@@ -96,6 +97,25 @@ def test_official_weights_are_read_as_folder_and_as_file(run, tmp_path):
         assert offset(trained) == 0
         assert trained.data.mean == (0.1, 0.2, 0.3)
         assert trained.origin == "step 2, averaged weights"
+
+
+def test_a_link_that_moves_while_it_is_read_gives_no_mixture(run, tmp_path, monkeypatch):
+    export(run, tmp_path / "first", ema=False)
+    save_step(tmp_path / "classifier", 1, config=CLASSIFIER)
+    export(tmp_path / "classifier", tmp_path / "second")
+    link = tmp_path / "best"
+    link.symlink_to("first")
+
+    def move(*arguments):
+        settings = read_json(*arguments)
+        link.unlink()
+        link.symlink_to("second")
+        return settings
+
+    monkeypatch.setattr("nepa_dist.trained.read_json", move)
+    trained = load_trained(link)
+    assert (trained.config.task, offset(trained), trained.origin) == ("pretrain", 2, "step 2, raw weights")
+    assert load_trained(link / "model.safetensors").config.task == "finetune"
 
 
 def test_averages_of_official_weights_are_preferred(run, tmp_path):
