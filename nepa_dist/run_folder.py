@@ -86,6 +86,22 @@ def write_linked_folder(link: Path, files: Mapping[str, bytes]) -> None:
         _remove_unlinked(link)
 
 
+def keep_linked_folder(link: Path, name: str) -> None:
+    """Give the folder behind a link a name of its own as well, so that it stays when :func:`write_linked_folder` moves the link.
+
+    Args:
+        link: see there; nothing happens if there is none.
+        name: what has that name already stays.
+    """
+    other = link.with_name(name)
+    if os.path.lexists(other) or not link.exists():
+        return
+    if link.is_symlink():
+        other.symlink_to(os.readlink(link))
+    else:
+        link.rename(other)
+
+
 def _remove_unlinked(link: Path) -> None:
     """Remove the folders ``NAME-N`` that no link beside them points to."""
     entries = list(os.scandir(link.parent))

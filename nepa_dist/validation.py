@@ -34,7 +34,7 @@ from nepa_dist.guard import RunAborted, StopFlag
 from nepa_dist.provenance import Kind, Provenance, Result
 from nepa_dist.reporting import Reporter
 from nepa_dist.run import Run
-from nepa_dist.run_folder import versions, write_linked_folder
+from nepa_dist.run_folder import keep_linked_folder, versions, write_linked_folder
 from nepa_dist.tasks.base import Scores, Task
 from nepa_dist.tasks.build import build_task
 from nepa_dist.watchdog import Watchdog
@@ -162,6 +162,8 @@ class Validator:
         facts = {"format": "pt", scores.main: repr(scores.values[scores.main])} | provenance.to_metadata()
         state = {name: tensor.contiguous() for name, tensor in task.state_dict().items()}
         try:
+            if run.state.best_score is None and run.state.best_step:  # resumed with another measure
+                keep_linked_folder(folder, f"{BEST}-of-step-{run.state.best_step:08d}")
             write_linked_folder(
                 folder,
                 {
