@@ -104,8 +104,9 @@ def _forget_other_scores(run: Run, meta: Mapping[str, Any]) -> list[str]:
     if not changes:
         return []
     text = (
-        f"{', '.join(changes)}: the best score so far, {state.best_score:.4f} of step {state.best_step}, cannot be compared with "
-        f"those to come, and starts anew; its weights are kept as best-of-step-{state.best_step:08d} when others take their place"
+        f"{', '.join(changes)}: the best score so far, {state.best_score:.4f} of step {state.best_step}, cannot be compared "
+        "with those to come, and starts anew; when other weights take the place of these, they are kept as "
+        f"best-of-step-{state.best_step:08d}"
     )
     run.state = replace(state, best_score=None)
     return [text]

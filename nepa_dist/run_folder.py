@@ -87,10 +87,10 @@ def write_linked_folder(link: Path, files: Mapping[str, bytes]) -> None:
 
 
 def keep_linked_folder(link: Path, name: str) -> None:
-    """Give the folder behind a link a name of its own as well, so that it stays when :func:`write_linked_folder` moves the link.
+    """Give the folder behind a link a name of its own as well, so that it stays when the link is moved.
 
     Args:
-        link: see there; nothing happens if there is none.
+        link: of :func:`write_linked_folder`; nothing happens if there is none.
         name: what has that name already stays.
     """
     other = link.with_name(name)

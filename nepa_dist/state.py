@@ -34,7 +34,7 @@ class TrainState:
     evaluated_step: int = 0
     """Step of the newest validation."""
     best_score: float | None = None
-    """Highest score of a validation so far; none yet if the run was resumed with settings by which others cannot be compared."""
+    """Highest score of a validation so far, of those that can be compared with the ones to come."""
     best_step: int = 0
     """Step of the weights in the run's ``best`` folder."""
     bad_samples: dict[str, str] = field(default_factory=dict)
