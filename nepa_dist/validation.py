@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nepa_dist.config import Config
 from nepa_dist.data.batch import Batch
-from nepa_dist.data.classes import check_validation, class_names
+from nepa_dist.data.classes import check_validation, class_names, known_names
 from nepa_dist.data.device import to_device
 from nepa_dist.data.loader import EvalLoader
 from nepa_dist.data.open import open_split
@@ -31,6 +31,7 @@ from nepa_dist.data.whole import WholeImages
 from nepa_dist.engines.base import Engine
 from nepa_dist.engines.mesh import World
 from nepa_dist.guard import RunAborted, StopFlag
+from nepa_dist.labels import write_labels
 from nepa_dist.provenance import Kind, Provenance, Result
 from nepa_dist.reporting import Reporter
 from nepa_dist.run import Run
@@ -149,6 +150,7 @@ class Validator:
         run = self._run
         folder, step = run.config.run_dir / BEST, run.state.step
         kind: Kind = "raw" if run.config.optim.ema_decay is None else "ema"
+        names = known_names(run.config, run.container)
         provenance = Provenance(
             kind,
             run.config.name,
@@ -168,7 +170,7 @@ class Validator:
                 folder,
                 {
                     "model.safetensors": safetensors.torch.save(state, facts),
-                    "config.json": _json(run.config.model_dump(mode="json")),
+                    "config.json": _json(run.config.model_dump(mode="json") | write_labels(names)),
                     "per_class.csv": scores.per_class.encode(),
                     "results.json": _json({"step": step, "weights": kind, **scores.values}),
                 },

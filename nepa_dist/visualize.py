@@ -153,7 +153,7 @@ def _run(args: argparse.Namespace) -> Iterator[Path]:
                 "--size and --whole are for maps: the classes of a segmentation model are drawn over the whole image, at the "
                 "size it is evaluated at. Leave them out, or add --query or --layers to draw maps"
             )
-        names = _class_names(trained.config, data)
+        names = trained.class_names or _class_names(trained.config, data)
         for image in images:
             path = out / f"{image.name}_segmentation.png"
             plot_segmentation(trained.task, trained.data, image, names, path, title=f"{image.name}  -  {where}")

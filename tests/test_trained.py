@@ -34,13 +34,13 @@ SEGMENTER = Config.model_validate(
 )
 
 
-def save_step(run, step, *, ema=True, config=CONFIG):
+def save_step(run, step, *, ema=True, config=CONFIG, **meta):
     """A checkpoint whose raw weights are the initial ones plus the step; the averages, of what is trained, are the initial."""
     entries = []
     for name, parameter in build_task(config).named_parameters():
         fields = {"weight": parameter.detach() + step}
         entries.append((name, fields | {"ema": parameter.detach()} if ema and parameter.requires_grad else fields))
-    return CheckpointStore(run / "checkpoints").save(step, iter(entries), {"config": config.model_dump(mode="json")})
+    return CheckpointStore(run / "checkpoints").save(step, iter(entries), {"config": config.model_dump(mode="json"), **meta})
 
 
 @pytest.fixture
@@ -250,6 +250,18 @@ def test_options_of_maps_are_not_ignored_in_a_picture_of_classes(tmp_path, photo
     assert main([str(tmp_path / "run"), str(photo)]) == 0
     assert main([str(tmp_path / "run"), str(photo), "--size", "32", "--query", "7,7"]) == 0
     assert {path.name for path in (tmp_path / "run" / "figures").iterdir()} == {"0_segmentation.png", "0_maps.png"}
+
+
+def test_the_legend_names_classes_without_the_data(tmp_path, photo, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("nepa_dist.visualize.draw_segmentation", lambda *arguments, title: drawn.append(list(arguments[4])))
+    for names in ([], ["sky", "road", "car"]):
+        config = SEGMENTER.model_copy(update={"data": SEGMENTER.data.model_copy(update={"source": "/data/gone"})})
+        save_step(tmp_path / f"run{len(names)}", 1, config=config, class_names=names)
+        export(tmp_path / f"run{len(names)}", tmp_path / f"out{len(names)}")
+        for source in ("run", "out"):
+            assert main([str(tmp_path / f"{source}{len(names)}"), str(photo), "--out", str(tmp_path)]) == 0
+    assert drawn == [["0", "1", "2"], ["0", "1", "2"], ["sky", "road", "car"], ["sky", "road", "car"]]
 
 
 def test_a_name_with_dollar_signs_is_no_formula(run, photo, tmp_path):
