@@ -139,6 +139,7 @@ def check_data(
     from nepa_dist.data.classes import check_validation, resolve_classes
     from nepa_dist.data.containers import DataError
     from nepa_dist.data.open import open_container
+    from nepa_dist.online_knn import online_knn_problems
 
     size = config.model.image_size if config else 224
 
@@ -153,8 +154,14 @@ def check_data(
         if config and config.task != "pretrain":
             resolve_classes(config, container)
             check_validation(config, container, opening("val"))
+        problems = online_knn_problems(config, container) if config and config.metrics.knn_every else []
         if config:
-            make_plan(config, len(container))
+            try:
+                make_plan(config, len(container))
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            return None, assumed, problems
     except DataError as error:
         return None, assumed, [str(error)]
     except ConfigError as error:

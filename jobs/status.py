@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jobs import scheduler
+from jobs.options import TASKS
 from jobs.runs import JOB, named_run, newest_checkpoint, read_json, read_outcome, read_progress, tail_rows
 from jobs.scheduler import QueueEntry, SchedulerError
 
@@ -54,17 +55,29 @@ def main(argv: Sequence[str]) -> int:
 
 
 def find_runs(folder: Path, depth: int = _MAX_DEPTH) -> Iterator[Path]:
-    """Folders of runs at or below a folder, sorted."""
+    """Folders of runs at or below a folder: first those in it, in the order of the stages of a pipeline, then by name."""
     if (folder / "config.yaml").exists():
         yield folder
         return
     try:
-        inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+        names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
     except OSError:
         return
-    for name in inner:
-        if depth and name not in _SKIPPED:
-            yield from find_runs(folder / name, depth - 1)
+    inner = [folder / name for name in names if depth and name not in _SKIPPED]
+    for found in sorted(inner, key=lambda path: (_stage(path), path.name)):
+        yield from find_runs(found, depth - 1)
+
+
+def _stage(folder: Path) -> int:
+    """Place of a run's task among the stages of a pipeline; what is no run comes last."""
+    try:
+        with (folder / "config.yaml").open(encoding="utf-8", errors="replace") as file:
+            task = file.readline().removeprefix("task:").strip()  # the first setting of a resolved configuration
+    except FileNotFoundError:
+        return len(TASKS) + 1
+    except OSError:
+        task = ""
+    return TASKS.index(task) if task in TASKS else len(TASKS)
 
 
 def look(folders: Sequence[Path]) -> tuple[list[Run], str]:

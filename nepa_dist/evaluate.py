@@ -20,6 +20,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from nepa_dist.arguments import joined
 from nepa_dist.checkpoint.host_memory import available_bytes
 from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.config import DataConfig
@@ -267,7 +268,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("model", type=Path, metavar="RUN|WEIGHTS", help="folder of a run, a checkpoint or weights, or a file of weights")
     add("--data", metavar="NAME|FOLDER", help="labelled data with a validation split; default: the run's own")
     add("--probes", type=_probe_list, default=Plan().probes, metavar="LIST", help="of knn,linear,attentive (knn,linear)")
-    add("--layers", type=_layer_list, metavar="LIST", help="embed, blocks from 0, final: 3,5,final (all)")
+    add("--layers", type=_layer_list, metavar="LIST", help="embed, blocks from 0 or -1 for the last, final: 3,-1,final (all)")
     add("--pooling", choices=get_args(Pooling), default="mean", help="tokens to one feature, for knn and linear (mean)")
     add("--k", type=_numbers, default=Plan().ks, metavar="LIST", help="numbers of neighbours (10,20)")
     add("--num-train", type=_count, default=5000, metavar="N", help="images that the probes learn from, or all (5000)")
@@ -279,7 +280,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--raw", action="store_true", help="use the weights themselves, not their average")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, metavar="DIR", help="where the results go; default: the run's folder, for weights the current one")
-    return parser.parse_args(argv)
+    return parser.parse_args(joined(argv))
 
 
 def main(argv: list[str] | None = None) -> int:

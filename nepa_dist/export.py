@@ -26,6 +26,7 @@ from torch import Tensor
 from nepa_dist.checkpoint.folder import flush_folder, new_folder
 from nepa_dist.checkpoint.portable import CheckpointError, write_durably
 from nepa_dist.config import Config, ObjectiveConfig
+from nepa_dist.labels import write_labels
 from nepa_dist.model_card import model_card
 from nepa_dist.official import official_preprocessor, to_official
 from nepa_dist.provenance import Provenance
@@ -70,15 +71,17 @@ def export(
     out = Path(out)
     if os.path.lexists(out):
         raise WeightsError(f"{out} exists; name a new folder")
-    task, config, provenance = load_trained(source, ema=ema)
+    task, config, provenance, class_names = load_trained(source, ema=ema)
+    labels = {} if backbone_only else write_labels(class_names)
     state, made = dict(task.state_dict()), config
     if backbone_only:
         state, made = {name: state[name] for name in state if name.startswith("backbone.")}, _backbone_config(config)
     files: dict[str, Any] = {}
     if format == "native":
-        files["config.json"] = made.model_dump(mode="json")
+        files["config.json"] = made.model_dump(mode="json") | labels
     elif format == "official":
         state, files["config.json"] = to_official(state, made)
+        files["config.json"] |= labels
         files["config.json"]["dtype"] = str(dtype).removeprefix("torch.")
         files["preprocessor_config.json"] = official_preprocessor(made)
     else:

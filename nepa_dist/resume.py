@@ -61,7 +61,7 @@ def _continue(run: Run, path: Path) -> list[str]:
     _refuse_other_settings(run, path, manifest.meta)
     _load(run, path, reader, keep_average=run.config.init.load == "weights+ema")
     run.state = replace(TrainState.from_dict(manifest.meta["state"]), restarts=run.state.restarts)
-    return [f"continuing from {path}, step {run.state.step}"]
+    return [f"continuing from {path}, step {run.state.step}", *_forget_other_scores(run, manifest.meta)]
 
 
 def _start_from(run: Run, source: Path) -> list[str]:
@@ -77,13 +77,49 @@ def _start_from(run: Run, source: Path) -> list[str]:
     if what == "everything":
         _refuse_other_settings(run, path, manifest.meta)
         _load(run, path, reader)
-        run.state = replace(TrainState.from_dict(manifest.meta["state"]), restarts=run.state.restarts)
+        state = TrainState.from_dict(manifest.meta["state"])
+        run.state = replace(state, restarts=run.state.restarts, best_score=None, best_step=0)  # those weights are not here
         if run.state.step >= run.plan.steps:
             raise ConfigError([f"init.path: {path} is at the last step, {run.state.step}; give more steps, with --allow steps"])
     else:
         _refuse_other_model(run, path, manifest.meta)
         _load(run, path, _partial(run, reader, what), keep_average=what == "weights+ema")
     return [*notes, f"starting with {what if what == 'everything' else f'the {what}'} of {path}, step {manifest.step}"]
+
+
+def _forget_other_scores(run: Run, meta: Mapping[str, Any]) -> list[str]:
+    """Let the best score start anew where it was measured in another way than scores are from now on; says so."""
+    config, state = run.config, run.state
+    if state.best_score is None:
+        return []
+    old, new = meta["config"], config.model_dump(mode="json")
+    changes = []
+    for name in _MEASURE[config.task]:
+        section, _, key = name.partition(".")
+        before, after = old.get(section, {}).get(key), new[section][key]
+        if before != after:
+            changes.append(f"{name} was {before!r} and is {after!r}")
+    if meta["data_fingerprint"] != run.container.fingerprint:
+        changes.append("the data is other data")
+    if not changes:
+        return []
+    text = (
+        f"{', '.join(changes)}: the best score so far, {state.best_score:.4f} of step {state.best_step}, cannot be compared "
+        "with those to come, and starts anew; when other weights take the place of these, they are kept as "
+        f"best-of-step-{state.best_step:08d}"
+    )
+    run.state = replace(state, best_score=None)
+    return [text]
+
+
+_MEASURE = {
+    "finetune": ("evaluate.max_samples", "evaluate.resize", "evaluate.squash", "evaluate.bicubic"),
+    "segment": (
+        "evaluate.max_samples",
+        *(f"segment.{key}" for key in ("window", "stride", "eval_scales", "eval_flip", "reduce_zero_label")),
+    ),
+}
+"""Settings by task that a score depends on beside the weights."""
 
 
 def _partial(run: Run, reader: StateReader, what: Literal["weights", "ema", "weights+ema"]) -> PartialState:

@@ -7,7 +7,7 @@ runs/NAME/
   log.txt            what the run said, with times
   metrics.jsonl      one line per logged step
   checkpoints/       see nepa_dist.checkpoint.store
-  best/              fine-tuning and segmentation: the weights with the best score, and their results
+  best/              fine-tuning and segmentation: the weights with the best score, and their results; a link to best-N/
   figures/           loss, gradient norm and collapse curves
   logs/              output of the other ranks
 ```
@@ -15,11 +15,15 @@ runs/NAME/
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -47,6 +51,72 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:  # a part of it would keep a full disk full
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_linked_folder(link: Path, files: Mapping[str, bytes]) -> None:
+    """Replace all files of a folder in one step: a reader, and whoever comes after a kill, finds all old or all new files.
+
+    The files lie in ``NAME-1``, ``NAME-2``, ... beside the link ``NAME``, which is moved when the new ones are on disk. Such
+    folders that no link points to are removed: leftovers of a kill, and what was replaced. One process may write at a time.
+
+    Args:
+        link: ``NAME``. In a copy of it that was made without links it is a plain folder, which is replaced too; there alone a
+            kill at the wrong moment leaves no folder.
+        files: content by name.
+
+    Raises:
+        OSError: a file cannot be written; the old ones are as they were.
+    """
+    parent, new_link = link.parent, link.with_name(f".{link.name}.new")
+    new_link.unlink(missing_ok=True)
+    _remove_unlinked(link)
+    folder = next(path for number in itertools.count(1) if not os.path.lexists(path := parent / f"{link.name}-{number}"))
+    try:
+        folder.mkdir()
+        for name, content in files.items():
+            write_bytes(folder / name, content)
+        _flush_folder(folder)
+        new_link.symlink_to(folder.name)
+        if link.is_dir() and not link.is_symlink():
+            link.rename(folder.with_name(f"{folder.name}-0"))
+        os.replace(new_link, link)
+        _flush_folder(parent)
+    finally:
+        new_link.unlink(missing_ok=True)
+        _remove_unlinked(link)
+
+
+def keep_linked_folder(link: Path, name: str) -> None:
+    """Give the folder behind a link a name of its own as well, so that it stays when the link is moved.
+
+    Args:
+        link: of :func:`write_linked_folder`; nothing happens if there is none.
+        name: what has that name already stays.
+    """
+    other = link.with_name(name)
+    if os.path.lexists(other) or not link.exists():
+        return
+    if link.is_symlink():
+        other.symlink_to(os.readlink(link))
+    else:
+        link.rename(other)
+
+
+def _remove_unlinked(link: Path) -> None:
+    """Remove the folders ``NAME-N`` that no link beside them points to."""
+    entries = list(os.scandir(link.parent))
+    kept = {name for entry in entries if entry.is_symlink() for name in (entry.name, Path(os.readlink(entry.path)).name)}
+    for entry in entries:
+        if re.fullmatch(rf"{re.escape(link.name)}-[\d-]+", entry.name) and entry.name not in kept:
+            shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def describe_start(**facts: Any) -> dict[str, Any]:

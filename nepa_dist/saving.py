@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from nepa_dist.checkpoint.writer import CheckpointWriter, SaveResult
 from nepa_dist.data.augment import AUGMENT_VERSION
+from nepa_dist.data.classes import known_names
 from nepa_dist.reporting import Reporter
 from nepa_dist.run import Run
 from nepa_dist.run_folder import versions
@@ -47,6 +48,7 @@ class Saver:
                 # Whoever reads this continues from a save that did not fail.
                 "state": run.state.to_dict() | {"consecutive_checkpoint_failures": 0},
                 "config": run.config.model_dump(mode="json"),
+                "class_names": known_names(run.config, run.container),
                 "config_digest": run.config.digest(),
                 "data_fingerprint": run.container.fingerprint,
                 "augment_version": AUGMENT_VERSION,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.config import Config, ConfigError
 from nepa_dist.config_load import load_config
-from nepa_dist.data.classes import class_names
+from nepa_dist.data.classes import class_names, known_names
 from nepa_dist.data.containers import Container
 from nepa_dist.data.device import usable_device
 from nepa_dist.data.loader import EvalLoader
@@ -32,13 +33,14 @@ from nepa_dist.trained import load_trained
 from nepa_dist.validation import measure
 
 
-def score(task: Task, config: Config, device: torch.device) -> Scores:
+def score(task: Task, config: Config, device: torch.device, names: Sequence[str] = ()) -> Scores:
     """Measure a task on the validation split of ``config.data``.
 
     Args:
         task: classification or segmentation, in evaluation mode; moved to the device.
         config: its data, how images are resized (``evaluate``), precision (``engine.precision``).
         device: where the model runs.
+        names: of the model's classes, for data that has none for them; others in the data are pointed out.
 
     Raises:
         DataError: there is no validation split.
@@ -46,6 +48,13 @@ def score(task: Task, config: Config, device: torch.device) -> Scores:
     """
     container = open_split(config.data, "val", image_size=config.model.image_size)
     _check_classes(task, config, container)
+    found = known_names(config, container)
+    if different := next((pair for pair in zip(found, names, strict=False) if pair[0] != pair[1]), None):
+        print(
+            f"{config.data.source} calls a class {different[0]!r} that the model calls {different[1]!r}: class c of the one is "
+            "taken for c of the other",
+            file=sys.stderr,
+        )
     ids = spread(len(container), config.evaluate.max_samples)
     if isinstance(task, SegmentTask):
         batches = iter(WholeImages(container, config, ids))
@@ -63,7 +72,7 @@ def score(task: Task, config: Config, device: torch.device) -> Scores:
     sums, bad = measure(task.to(device), batches, config, device)
     for name, reason in bad:
         print(f"left out: {name}: {reason}", file=sys.stderr)
-    return task.score(sums, class_names(config, container))
+    return task.score(sums, found or list(names) or class_names(config, container))
 
 
 def _check_classes(task: Task, config: Config, container: Container) -> None:
@@ -105,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         config = _config(trained.config, args.data, args.set)
         if isinstance(trained.task, SegmentTask):
             trained.task.config = config.segment
-        result = score(trained.task, config, device)
+        result = score(trained.task, config, device, trained.class_names)
     except ConfigError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return 2

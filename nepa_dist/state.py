@@ -34,9 +34,9 @@ class TrainState:
     evaluated_step: int = 0
     """Step of the newest validation."""
     best_score: float | None = None
-    """Highest score of a validation so far."""
+    """Highest score of a validation so far, of those that can be compared with the ones to come."""
     best_step: int = 0
-    """Its step; the weights are in the run's ``best`` folder."""
+    """Step of the weights in the run's ``best`` folder."""
     bad_samples: dict[str, str] = field(default_factory=dict)
     """Unreadable images by name, with the reason."""
 

@@ -20,6 +20,7 @@ from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.checkpoint.store import CheckpointStore
 from nepa_dist.config import Config, ConfigError, DataConfig
 from nepa_dist.data.device import normalize
+from nepa_dist.labels import ID2LABEL, LABEL2ID, read_labels
 from nepa_dist.model import Features, VisionTransformer
 from nepa_dist.names import misfits
 from nepa_dist.official import OFFICIAL_EMA, OfficialFormatError, read_json, read_official
@@ -44,6 +45,8 @@ class Weights(NamedTuple):
     provenance: Provenance
     ones: tuple[str, ...] = ()
     """QK-norm weights that official weights lack; they are ones."""
+    class_names: tuple[str, ...] = ()
+    """Of the head's classes, in order; none if they are not recorded."""
 
 
 class Trained(NamedTuple):
@@ -54,6 +57,8 @@ class Trained(NamedTuple):
     config: Config
     """See :class:`Weights`."""
     provenance: Provenance
+    class_names: tuple[str, ...] = ()
+    """See :class:`Weights`."""
 
     @property
     def data(self) -> DataConfig:
@@ -131,15 +136,16 @@ def load_backbone(path: str | Path, *, ema: bool = True) -> Backbone:
         In evaluation mode, on the CPU, in fp32.
 
     Raises:
-        WeightsError, CheckpointError, OfficialFormatError: as for :func:`read_weights`, or tensors do not fit.
+        WeightsError, CheckpointError, OfficialFormatError: as for :func:`read_weights`; or tensors do not fit, or raw weights
+            are asked for of a file of averages.
     """
-    state, config, provenance, _ = read_weights(path, ema=ema)
-    prefix = "backbone."
-    own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    weights = _read_as_asked(path, ema=ema)
+    config, prefix = weights.config, "backbone."
+    own = {name.removeprefix(prefix): tensor for name, tensor in weights.state.items() if name.startswith(prefix)}
     with torch.device("meta"):  # weights that are overwritten need not be drawn: 7 of 8 seconds for vit_l
         backbone = VisionTransformer(config.model)
     _fill(backbone.to_empty(device="cpu"), own, path)
-    return Backbone(backbone, config, provenance).float().eval()
+    return Backbone(backbone, config, weights.provenance).float().eval()
 
 
 def load_trained(path: str | Path, *, ema: bool = True) -> Trained:
@@ -150,15 +156,15 @@ def load_trained(path: str | Path, *, ema: bool = True) -> Trained:
         ema: see :func:`read_weights`.
 
     Raises:
-        WeightsError, CheckpointError, OfficialFormatError: as for :func:`read_weights`, or tensors do not fit.
+        WeightsError, CheckpointError, OfficialFormatError: as for :func:`load_backbone`.
     """
-    state, config, provenance, _ = read_weights(path, ema=ema)
+    weights = _read_as_asked(path, ema=ema)
     try:
-        task = build_task(config)
+        task = build_task(weights.config)
     except ConfigError as error:
         raise WeightsError(f"{path} cannot be built: {'; '.join(error.problems)}") from None
-    _fill(task, state, path)
-    return Trained(task.float().eval(), config, provenance)
+    _fill(task, weights.state, path)
+    return Trained(task.float().eval(), weights.config, weights.provenance, weights.class_names)
 
 
 def read_weights(path: str | Path, *, ema: bool = True) -> Weights:
@@ -190,6 +196,17 @@ def read_weights(path: str | Path, *, ema: bool = True) -> Weights:
     )
 
 
+def _read_as_asked(path: str | Path, *, ema: bool) -> Weights:
+    """:func:`read_weights`, but averages are never given for raw weights."""
+    weights = read_weights(path, ema=ema)
+    if not ema and weights.provenance.weights == "ema":
+        raise WeightsError(
+            f"{path} holds only {weights.provenance.origin}: leave --raw out (ema=True) to take them, or name the run or the "
+            "checkpoint that they are from, which has the raw ones"
+        )
+    return weights
+
+
 def _from_run(run_dir: Path, *, ema: bool) -> Weights:
     found = CheckpointStore(run_dir / "checkpoints").latest()
     damaged = [f"{path}: {reason}" for path, reason in found.passed_over]
@@ -209,34 +226,45 @@ def _from_checkpoint(folder: Path, *, ema: bool, check_digests: bool) -> Weights
         field = "ema" if name in averaged else "weight"
         state[name] = reader.read(name, [field])[field]
     kind: Kind = "ema" if averaged else "raw"
-    return Weights(state, config, Provenance.of_checkpoint(folder, manifest, kind))
+    names = tuple(manifest.meta.get("class_names", ()))
+    return Weights(state, config, Provenance.of_checkpoint(folder, manifest, kind), class_names=names)
 
 
 def _from_folder(path: Path, *, ema: bool) -> Weights:
     """Exported or official weights: a folder, or a file in it."""
-    folder = path.parent if path.is_file() else path
+    # Where a link leads is looked up once: that of a run's best weights may be moved between two files.
+    folder = (path.parent if path.is_file() else path).resolve()
+    path = folder / path.name if path.is_file() else folder
     try:
         settings = read_json(folder / "config.json", "it says what model these weights are of")
     except OfficialFormatError as error:
         raise WeightsError(str(error)) from None
     if "hidden_size" in settings:
-        return _from_official(path, ema=ema)
-    config = _config(settings, folder / "config.json")
+        return _from_official(path, settings, ema=ema)
+    config = _config({key: settings[key] for key in settings if key not in (ID2LABEL, LABEL2ID)}, folder / "config.json")
+    try:
+        names = read_labels(settings, config.num_classes)
+    except ValueError as error:
+        raise WeightsError(f"{folder / 'config.json'}: {error}") from None
     file = path if path.is_file() else path / "model.safetensors"
     with _open(file) as content:
         state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a dict
-    return Weights(state, config, _provenance(file))
+    return Weights(state, config, _provenance(file), class_names=names)
 
 
-def _from_official(path: Path, *, ema: bool) -> Weights:
+def _from_official(path: Path, settings: Mapping[str, Any], *, ema: bool) -> Weights:
     file = path if path.is_file() else path / "model.safetensors"
     if ema and path.is_dir() and (path / OFFICIAL_EMA).is_file():
         file = path / OFFICIAL_EMA
     state, config, ones = read_official(path, ema=file != path and file.name == OFFICIAL_EMA)
+    try:
+        names = read_labels(settings, config.num_classes)
+    except ValueError:  # their library writes LABEL_0 and LABEL_1 for a model without classes
+        names = ()
     if file.suffix == ".safetensors" and file.is_file():
-        return Weights(state, config, _provenance(file), ones)
+        return Weights(state, config, _provenance(file), ones, names)
     kind: Kind = "ema" if file.name == OFFICIAL_EMA else "unknown"
-    return Weights(state, config, Provenance(kind, file.resolve().parent.name), ones)
+    return Weights(state, config, Provenance(kind, file.resolve().parent.name), ones, names)
 
 
 def _provenance(file: Path) -> Provenance:

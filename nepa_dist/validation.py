@@ -5,7 +5,7 @@ whatever engine trains: windows of large images and a split that does not divide
 are exact counts.
 
 The best weights are written to ``RUN/best``: ``model.safetensors`` (whose metadata has step and score), ``config.json``,
-``results.json`` and ``per_class.csv``.
+``results.json`` and ``per_class.csv``, all of them in one step.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from nepa_dist.config import Config
 from nepa_dist.data.batch import Batch
-from nepa_dist.data.classes import check_validation, class_names
+from nepa_dist.data.classes import check_validation, class_names, known_names
 from nepa_dist.data.device import to_device
 from nepa_dist.data.loader import EvalLoader
 from nepa_dist.data.open import open_split
@@ -30,10 +31,11 @@ from nepa_dist.data.whole import WholeImages
 from nepa_dist.engines.base import Engine
 from nepa_dist.engines.mesh import World
 from nepa_dist.guard import RunAborted, StopFlag
+from nepa_dist.labels import write_labels
 from nepa_dist.provenance import Kind, Provenance, Result
 from nepa_dist.reporting import Reporter
 from nepa_dist.run import Run
-from nepa_dist.run_folder import versions, write_bytes, write_text
+from nepa_dist.run_folder import keep_linked_folder, versions, write_linked_folder
 from nepa_dist.tasks.base import Scores, Task
 from nepa_dist.tasks.build import build_task
 from nepa_dist.watchdog import Watchdog
@@ -148,6 +150,7 @@ class Validator:
         run = self._run
         folder, step = run.config.run_dir / BEST, run.state.step
         kind: Kind = "raw" if run.config.optim.ema_decay is None else "ema"
+        names = known_names(run.config, run.container)
         provenance = Provenance(
             kind,
             run.config.name,
@@ -161,15 +164,25 @@ class Validator:
         facts = {"format": "pt", scores.main: repr(scores.values[scores.main])} | provenance.to_metadata()
         state = {name: tensor.contiguous() for name, tensor in task.state_dict().items()}
         try:
-            folder.mkdir(exist_ok=True)
-            write_bytes(folder / "model.safetensors", safetensors.torch.save(state, facts))
-            write_text(folder / "config.json", json.dumps(run.config.model_dump(mode="json"), indent=2) + "\n")
-            write_text(folder / "per_class.csv", scores.per_class)
-            write_text(folder / "results.json", json.dumps({"step": step, "weights": kind, **scores.values}, indent=2) + "\n")
+            if run.state.best_score is None and run.state.best_step:  # resumed with another measure
+                keep_linked_folder(folder, f"{BEST}-of-step-{run.state.best_step:08d}")
+            write_linked_folder(
+                folder,
+                {
+                    "model.safetensors": safetensors.torch.save(state, facts),
+                    "config.json": _json(run.config.model_dump(mode="json") | write_labels(names)),
+                    "per_class.csv": scores.per_class.encode(),
+                    "results.json": _json({"step": step, "weights": kind, **scores.values}),
+                },
+            )
         except OSError as error:
             reporter.event(f"the best weights so far cannot be written to {folder}: {error}; training goes on")
             return False
         return True
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def measure(

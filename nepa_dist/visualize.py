@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nepa_dist.arguments import joined
 from nepa_dist.curves import plot_curves
 from nepa_dist.pictures import MapRow, draw_maps, draw_segmentation
 
@@ -145,9 +146,14 @@ def _run(args: argparse.Namespace) -> Iterator[Path]:
     images = [*from_files(args.images), *from_samples(data, args.samples, trained.config.model.image_size)]
     is_run = (args.model / "checkpoints").is_dir()
     out = args.out or (args.model / "figures" if is_run else Path())
-    where = f"{args.model.resolve().name}, {trained.origin}"
+    where = f"{args.model.absolute().name}, {trained.origin}"
     if isinstance(trained.task, SegmentTask) and not (args.query or args.query_patch or args.layers):
-        names = _class_names(trained.config, data)
+        if args.size or args.whole:
+            raise ValueError(
+                "--size and --whole are for maps: the classes of a segmentation model are drawn over the whole image, at the "
+                "size it is evaluated at. Leave them out, or add --query or --layers to draw maps"
+            )
+        names = trained.class_names or _class_names(trained.config, data)
         for image in images:
             path = out / f"{image.name}_segmentation.png"
             plot_segmentation(trained.task, trained.data, image, names, path, title=f"{image.name}  -  {where}")
@@ -235,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--whole", action="store_true", help="the model sees the whole image; its short side gets the size")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/figures; for weights the current folder")
     parser.add_argument("--raw", action="store_true", help="use the weights themselves, not their average")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(joined(argv))
     logging.basicConfig(format="%(message)s")
     try:
         for path in _run(args):

@@ -100,6 +100,25 @@ def test_a_mistake_is_named_with_its_remedy(desk: Desk, words: list[str], name: 
     assert any(expected in line for line in lines), text
 
 
+def test_data_that_nearest_neighbours_cannot_be_measured_on_is_found(desk: Desk, tmp_path: Path) -> None:
+    one, flat = image_folder(tmp_path / "one" / "train", num_classes=1, per_class=3).parent, tmp_path / "flat"
+    image_folder(one / "val", num_classes=1, per_class=3)
+    flat.mkdir()
+    next(one.rglob("*.jpg")).rename(flat / "x.jpg")
+    every = ("--set", "metrics.knn_every=5")
+    for folder, reason in ((one, f"the train split of {one} has 1"), (flat, "there is no validation split")):
+        text = desk("--data", str(folder), *every, "--set", "cluster.gpu_memory_gigabytes=0.01")
+        lines = [line for line in text.splitlines() if line.startswith("WRONG    data")]
+        assert len(lines) == 1, text
+        assert "metrics.knn_every needs" in lines[0]
+        assert reason in lines[0]
+        assert "null trains without" in lines[0]
+        assert "WRONG    memory" in text, "all at once"
+        assert "null trains without" not in desk("--data", str(folder), expected=0)
+    assert submit.main(["pretrain", "vit_tiny", "--cluster", "local", "--data", str(one), *every, "--name", "one"]) == 2
+    assert not (tmp_path / "runs").exists()
+
+
 def test_what_cannot_be_asked_is_skipped(desk: Desk, tmp_path: Path) -> None:
     for name in ("sinfo", "sacctmgr", "squeue"):
         (tmp_path / "bin" / name).write_text("#!/bin/sh\necho no answer >&2\nexit 1\n")

@@ -142,6 +142,7 @@ def test_the_best_weights_are_kept_as_what_they_are(whole):
     best = max(rows, key=lambda row: (row[key], -row["step"]))
     results = json.loads((run_dir / "best" / "results.json").read_text())
     assert (results["step"], results[key]) == (best["step"], best[key])
+    assert {path.name for path in run_dir.glob("best*")} == {"best", os.readlink(run_dir / "best")}
     with safe_open(run_dir / "best" / "model.safetensors", "pt") as file:
         facts = file.metadata()
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
@@ -248,6 +249,8 @@ def test_a_signal_during_validation_is_heard_and_the_validation_made_up_for(pret
 def test_the_best_weights_can_be_loaded(whole):
     task, run_dir = whole
     trained = load_trained(run_dir / "best")
+    names = (*map(str, range(10)), *(["background"] if task == "segment" else []))
+    assert trained.class_names == load_trained(run_dir).class_names == names
     with torch.inference_mode():
         scores = trained.task.logits(torch.zeros(1, 3, 32, 32))
     assert (scores if task == "finetune" else scores.logits).shape[1] == (10 if task == "finetune" else 11)

@@ -78,12 +78,12 @@ def test_table_json_and_picture(run_dir):
 
 
 def test_probes_layers_and_neighbours_are_as_asked_for(run_dir, tmp_path, capsys):
-    options = ["--probes", "attentive,knn", "--layers", "final,-1", "--k", "3", "--epochs", "1", "--no-untrained"]
+    options = ["--probes", "attentive,knn", "--layers", "-1,final", "--k", "3", "--epochs", "1", "--no-untrained"]
     assert main([str(run_dir), *options, *FEW, "--out", str(tmp_path / "new" / "here")]) == 0
     values = results(tmp_path / "new" / "here")
     assert [(row["layer"], list(row["top1"])) for row in values["trained"]] == [
-        ("final", ["knn_3", "attentive"]),
         (1, ["knn_3", "attentive"]),
+        ("final", ["knn_3", "attentive"]),
     ]
     assert values["untrained"] == []
     assert values["protocol"]["attentive_epochs"] == 1
@@ -163,7 +163,14 @@ def test_a_folder_that_cannot_be_written_costs_no_results(run_dir, tmp_path, cap
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--probes", "knn,magic"), ("--layers", "3,last"), ("--k", "10,0"), ("--num-train", "0"), ("--epochs", "all")],
+    [
+        ("--probes", "knn,magic"),
+        ("--layers", "3,last"),
+        ("--layers", "-1,last"),
+        ("--k", "10,0"),
+        ("--num-train", "0"),
+        ("--epochs", "all"),
+    ],
 )
 def test_options_that_mean_nothing_are_named(option, value, capsys):
     with pytest.raises(SystemExit):

@@ -14,7 +14,7 @@ from nepa_dist.checkpoint.store import CheckpointStore
 from nepa_dist.config import Config
 from nepa_dist.export import main
 from nepa_dist.tasks.build import build_task
-from nepa_dist.trained import load_backbone, load_trained
+from nepa_dist.trained import WeightsError, load_backbone, load_trained
 
 MODEL = {"image_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DATA = {"source": "/data/secret-place/photos", "mean": [0.1, 0.2, 0.3]}
@@ -24,6 +24,7 @@ SEGMENT = PRETRAIN | {
     "task": "segment",
     "segment": {"num_classes": 5, "taps": [0, 0, 1, 1], "channels": 32, "aux_channels": 32},
 }
+NAMES = ["cat", "dog", "été", "id2label", "dog 2"]
 IMAGES = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1))
 
 
@@ -35,7 +36,12 @@ def save_run(folder, values, step=20):
     for name, parameter in build_task(config).named_parameters():
         fields = ["weight", "ema"] if parameter.requires_grad else ["weight"]
         entries.append((name, {field: 0.3 * torch.randn(parameter.shape, generator=generator) for field in fields}))
-    meta = {"config": config.model_dump(mode="json"), "state": {"samples_seen": 5120}, "config_digest": "c0ffee"}
+    meta = {
+        "class_names": NAMES[: config.num_classes or 0],
+        "config": config.model_dump(mode="json"),
+        "state": {"samples_seen": 5120},
+        "config_digest": "c0ffee",
+    }
     CheckpointStore(folder / "checkpoints").save(step, entries, meta | {"data_fingerprint": "beef", "versions": {"torch": "2"}})
     return folder
 
@@ -165,6 +171,55 @@ def test_the_card_says_what_the_weights_are_and_what_they_score(runs, tmp_path):
     (run / "metrics.jsonl").unlink()
     assert main([str(run), str(tmp_path / "bare")]) == 0
     assert "None are recorded." in (tmp_path / "bare" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("task", "form"), [("finetune", "native"), ("segment", "native"), ("finetune", "official")])
+def test_the_names_of_classes_travel_along(runs, tmp_path, task, form, capsys):
+    first, again, backbone = tmp_path / "first", tmp_path / "again", tmp_path / "backbone"
+    assert main([str(runs[task]), str(first), "--format", form]) == 0
+    settings = json.loads((first / "config.json").read_text())
+    assert settings["id2label"] == {"0": "cat", "1": "dog", "2": "été", "3": "id2label", "4": "dog 2"}
+    assert settings["label2id"] == {name: index for index, name in enumerate(NAMES)}
+    assert main([str(first), str(again)]) == 0
+    assert main([str(first), str(backbone), "--backbone"]) == 0
+    assert [load_trained(folder).class_names for folder in (runs[task], first, again, backbone)] == [*3 * [tuple(NAMES)], ()]
+    assert "id2label" not in json.loads((backbone / "config.json").read_text())
+
+
+def test_names_that_do_not_fit_the_head_are_refused(runs, tmp_path):
+    assert main([str(runs["finetune"]), str(tmp_path / "out")]) == 0
+    file = tmp_path / "out" / "config.json"
+    settings = json.loads(file.read_text())
+    for labels in (
+        {"0": "cat"},
+        ["cat"],
+        {str(index + 1): "cat" for index in range(5)},
+        {str(index): index for index in range(5)},
+    ):
+        file.write_text(json.dumps(settings | {"id2label": labels}))
+        with pytest.raises(WeightsError, match=r"config\.json: id2label must name the classes of the model, which are 5"):
+            load_trained(tmp_path / "out")
+    same = {str(index): "cat" for index in range(5)}
+    file.write_text(json.dumps(settings | {"id2label": same}))
+    assert main([str(tmp_path / "out"), str(tmp_path / "again")]) == 0
+    assert "label2id" not in json.loads((tmp_path / "again" / "config.json").read_text()), "there is no such number"
+    assert load_trained(tmp_path / "again").class_names == ("cat",) * 5
+
+
+@pytest.mark.parametrize("form", ["native", "official"])
+def test_averages_are_not_given_for_raw_weights(runs, tmp_path, capsys, form):
+    assert main([str(runs["finetune"]), str(tmp_path / "averages"), "--format", form]) == 0
+    assert main([str(runs["finetune"]), str(tmp_path / "raw"), "--format", form, "--raw"]) == 0
+    capsys.readouterr()
+    assert main([str(tmp_path / "averages"), str(tmp_path / "out"), "--raw"]) == 2
+    output = capsys.readouterr()
+    assert "averages holds only step 20, averaged weights: leave --raw out" in output.err
+    assert output.out == ""
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(WeightsError, match="averages holds only step 20"):
+        load_backbone(tmp_path / "averages", ema=False)
+    assert main([str(tmp_path / "raw"), str(tmp_path / "out"), "--raw"]) == 0
+    assert header(tmp_path / "out")["weights"] == "raw"
 
 
 @pytest.mark.parametrize(

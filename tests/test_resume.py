@@ -1,11 +1,14 @@
 """Starting from another run's weights, and going on with changed settings only where that is allowed."""
 
+import json
+
 import pytest
 import torch
 from test_downstream import run as run_task
 from test_train import curve, images, run, weights  # noqa: F401 - a fixture among them
 
 from nepa_dist.checkpoint.store import CheckpointStore
+from nepa_dist.metrics.sinks import read_curve
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +102,34 @@ def test_frozen_weights_go_on_where_averages_do(tmp_path):
     assert result.returncode == 2
     assert "step-00000002: backbone.patch_embed.weight: the checkpoint holds ['weight']" in result.stderr
     assert "it was frozen there and is not here" in result.stderr
+
+
+def test_a_best_score_is_not_compared_with_scores_of_another_measure(tmp_path):
+    run_dir = tmp_path / "run"
+
+    def go_on(steps, *settings):
+        result = run_task("finetune", run_dir, f"steps={steps}", *settings, options=["--allow", "steps"])
+        assert result.returncode == 0, result.stderr
+        (row,) = [row for row in read_curve(run_dir / "metrics.jsonl") if "top1" in row and row["step"] == steps]
+        return row, result.stderr + result.stdout
+
+    def best(name="best"):
+        return json.loads((run_dir / name / "results.json").read_text())
+
+    first, _ = go_on(4)
+    second, said = go_on(8, "evaluate.max_samples=20")
+    assert "evaluate.max_samples was 37 and is 20: the best score so far" in said
+    assert second["best_score"] == second["top1"] == best()["top1"]
+    assert best()["step"] == 8
+    assert (best("best-of-step-00000004")["step"], best("best-of-step-00000004")["top1"]) == (4, first["top1"])
+    third, said = go_on(12, "evaluate.max_samples=20", "evaluate.batch_size=4")
+    assert "starts anew" not in said
+    assert third["best_score"] == max(second["top1"], third["top1"])
+    assert best("best-of-step-00000004")["step"] == 4
+    fork = tmp_path / "fork"
+    forked = run_task(
+        *("finetune", fork, "steps=14", "evaluate.max_samples=20"),
+        options=["--init", str(run_dir), "--load", "everything", "--allow", "steps"],
+    )
+    assert forked.returncode == 0, forked.stderr
+    assert json.loads((fork / "best" / "results.json").read_text())["step"] == 14, "the best of the other run is not here"

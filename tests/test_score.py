@@ -1,5 +1,6 @@
 """``python -m nepa_dist.score WEIGHTS --data DATA``: the numbers against a count by hand, and what is refused."""
 
+import csv
 import json
 
 import pytest
@@ -80,6 +81,23 @@ def test_fewer_classes_are_pointed_out(tmp_path, capsys):
     data = pictures(tmp_path / "data", 2, 2)
     assert main([str(folder), "--data", str(data)]) == 0
     assert f"{data} has 2 classes and the model 3" in capsys.readouterr().err
+
+
+def test_classes_have_the_names_that_the_model_has_for_them(tmp_path, capsys):
+    folder = weights(tmp_path / "model", "finetune", num_classes=3)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"id2label": {"0": "cat", "1": "dog", "2": "cow"}}))
+
+    def classes(count):
+        data = pictures(tmp_path / f"data{count}", count, count)
+        assert main([str(folder), "--data", str(data), "--out", str(tmp_path)]) == 0
+        with (tmp_path / "per_class.csv").open() as file:
+            return [row["name"] for row in csv.DictReader(file)], capsys.readouterr().err
+
+    assert classes(2)[0] == ["cat", "dog", "cow"], "the data does not name three"
+    names, errors = classes(3)
+    assert names == ["class_0", "class_1", "class_2"]
+    assert "calls a class 'class_0' that the model calls 'cat'" in errors
 
 
 @pytest.mark.parametrize("task", ["finetune", "segment"])

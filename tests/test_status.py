@@ -42,11 +42,12 @@ def make_run(
     outcome: str = "",
     record: list[dict[str, object]] | None = None,
     total: int = 100,
+    task: str = "pretrain",
 ) -> Path:
     run = Path("runs") / name
     (run / "job").mkdir(parents=True)
     (run / "logs").mkdir()
-    (run / "config.yaml").write_text(load_config().to_yaml())
+    (run / "config.yaml").write_text(load_config(overrides=[f"task={task}"]).to_yaml())
     if job:
         (run / "job" / "job.json").write_text(json.dumps({"id": job, "log": f"{run}/logs/job-{job}.txt"}))
     if step:
@@ -115,6 +116,20 @@ def test_each_state_is_told(desk: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert rows["p/pretrain"][0] == "finished"
     assert (desk / "squeue-calls").read_text() == "called\n", "one look at the queue for all"
     assert set(status("runs/p", capsys=capsys)) == {"run", "p/pretrain"}
+
+
+def test_stages_come_in_their_order(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, task in (
+        *((f"p/{stage}", stage) for stage in ("segment", "finetune", "pretrain")),
+        *(("p/finetune-scratch", "finetune"), ("p/base", "segment"), ("s/mask/pretrain", "pretrain"), ("s/mask/a", "finetune")),
+        ("z", "pretrain"),
+    ):
+        make_run(name, task=task)
+    make_run("p/broken")
+    (desk / "runs" / "p" / "broken" / "config.yaml").write_text("")
+    stages = ["p/pretrain", "p/finetune", "p/finetune-scratch", "p/base", "p/segment", "p/broken"]
+    assert list(status(capsys=capsys)) == ["run", "z", *stages, "s/mask/pretrain", "s/mask/a"]
+    assert list(status("runs/p", capsys=capsys)) == ["run", *stages]
 
 
 def test_fifty_runs_need_one_look_at_the_queue(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:

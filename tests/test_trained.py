@@ -15,6 +15,7 @@ from nepa_dist.checkpoint.portable import CheckpointError
 from nepa_dist.checkpoint.store import CheckpointStore
 from nepa_dist.config import Config
 from nepa_dist.export import export
+from nepa_dist.official import read_json
 from nepa_dist.tasks.build import build_task
 from nepa_dist.trained import WeightsError, load_backbone, load_trained
 from nepa_dist.visualize import default_queries, main
@@ -27,13 +28,19 @@ TASK = build_task(CONFIG)
 CLASSIFIER = Config.model_validate(CONFIG.model_dump() | {"task": "finetune", "finetune": {"num_classes": 3}})
 
 
-def save_step(run, step, *, ema=True, config=CONFIG):
+SEGMENTER = Config.model_validate(
+    CONFIG.model_dump()
+    | {"task": "segment", "segment": {"num_classes": 3, "taps": [0, 0, 1, 1], "channels": 16, "aux_channels": 8}}
+)
+
+
+def save_step(run, step, *, ema=True, config=CONFIG, **meta):
     """A checkpoint whose raw weights are the initial ones plus the step; the averages, of what is trained, are the initial."""
     entries = []
     for name, parameter in build_task(config).named_parameters():
         fields = {"weight": parameter.detach() + step}
         entries.append((name, fields | {"ema": parameter.detach()} if ema and parameter.requires_grad else fields))
-    return CheckpointStore(run / "checkpoints").save(step, iter(entries), {"config": config.model_dump(mode="json")})
+    return CheckpointStore(run / "checkpoints").save(step, iter(entries), {"config": config.model_dump(mode="json"), **meta})
 
 
 @pytest.fixture
@@ -90,6 +97,25 @@ def test_official_weights_are_read_as_folder_and_as_file(run, tmp_path):
         assert offset(trained) == 0
         assert trained.data.mean == (0.1, 0.2, 0.3)
         assert trained.origin == "step 2, averaged weights"
+
+
+def test_a_link_that_moves_while_it_is_read_gives_no_mixture(run, tmp_path, monkeypatch):
+    export(run, tmp_path / "first", ema=False)
+    save_step(tmp_path / "classifier", 1, config=CLASSIFIER)
+    export(tmp_path / "classifier", tmp_path / "second")
+    link = tmp_path / "best"
+    link.symlink_to("first")
+
+    def move(*arguments):
+        settings = read_json(*arguments)
+        link.unlink()
+        link.symlink_to("second")
+        return settings
+
+    monkeypatch.setattr("nepa_dist.trained.read_json", move)
+    trained = load_trained(link)
+    assert (trained.config.task, offset(trained), trained.origin) == ("pretrain", 2, "step 2, raw weights")
+    assert load_trained(link / "model.safetensors").config.task == "finetune"
 
 
 def test_averages_of_official_weights_are_preferred(run, tmp_path):
@@ -198,7 +224,7 @@ def test_a_run_gets_a_picture_of_three_panels_and_three_queries(run, photo, caps
     picture = run / "figures" / "0_maps.png"
     assert f"wrote {picture}" in capsys.readouterr().out
     width, height = size_of(picture)
-    assert main([str(run), str(photo), "--layers", "0,-1", "--query", "1,2", "--size", "32", "--out", str(run / "new")]) == 0
+    assert main([str(run), str(photo), "--layers", "-2,-1", "--query", "1,2", "--size", "32", "--out", str(run / "new")]) == 0
     wider, lower = size_of(run / "new" / "0_maps.png")
     assert (wider > width, lower < height) == (True, True)
 
@@ -211,6 +237,31 @@ def test_a_classifier_has_no_similarity_map(tmp_path, photo):
         assert main([str(tmp_path / name), str(photo), "--query-patch", "7", "--out", str(tmp_path / name)]) == 0
         sizes.append(size_of(tmp_path / name / "0_maps.png"))
     assert sizes[0][0] > sizes[1][0]
+
+
+def test_options_of_maps_are_not_ignored_in_a_picture_of_classes(tmp_path, photo, capsys):
+    save_step(tmp_path / "run", 1, config=SEGMENTER)
+    for options in (["--size", "32"], ["--whole"]):
+        assert main([str(tmp_path / "run"), str(photo), *options]) == 2
+        error = capsys.readouterr().err
+        assert "--size and --whole are for maps" in error
+        assert "add --query or --layers" in error
+        assert not (tmp_path / "run" / "figures").exists()
+    assert main([str(tmp_path / "run"), str(photo)]) == 0
+    assert main([str(tmp_path / "run"), str(photo), "--size", "32", "--query", "7,7"]) == 0
+    assert {path.name for path in (tmp_path / "run" / "figures").iterdir()} == {"0_segmentation.png", "0_maps.png"}
+
+
+def test_the_legend_names_classes_without_the_data(tmp_path, photo, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("nepa_dist.visualize.draw_segmentation", lambda *arguments, title: drawn.append(list(arguments[4])))
+    for names in ([], ["sky", "road", "car"]):
+        config = SEGMENTER.model_copy(update={"data": SEGMENTER.data.model_copy(update={"source": "/data/gone"})})
+        save_step(tmp_path / f"run{len(names)}", 1, config=config, class_names=names)
+        export(tmp_path / f"run{len(names)}", tmp_path / f"out{len(names)}")
+        for source in ("run", "out"):
+            assert main([str(tmp_path / f"{source}{len(names)}"), str(photo), "--out", str(tmp_path)]) == 0
+    assert drawn == [["0", "1", "2"], ["0", "1", "2"], ["sky", "road", "car"], ["sky", "road", "car"]]
 
 
 def test_a_name_with_dollar_signs_is_no_formula(run, photo, tmp_path):

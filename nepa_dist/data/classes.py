@@ -110,8 +110,13 @@ def _may_have_masks(container: Container) -> bool:
 
 def class_names(config: Config, container: Container) -> list[str]:
     """Names of the head's classes: those of the data, or numbers where it names another number of them."""
-    names, num_classes = _names(config, container), config.num_classes or 0
-    return names if len(names) == num_classes else [str(index) for index in range(num_classes)]
+    return known_names(config, container) or [str(index) for index in range(config.num_classes or 0)]
+
+
+def known_names(config: Config, container: Container) -> list[str]:
+    """Names that the data has for the head's classes; none where it names another number of them, or there is no head."""
+    names = _names(config, container)
+    return names if len(names) == config.num_classes else []
 
 
 def _names(config: Config, container: Container) -> list[str]:
