@@ -83,6 +83,23 @@ def test_the_comparison_names_what_is_missing_and_takes_others(small_model, tmp_
     assert text == reference.to_markdown(report)
 
 
+def test_each_arm_has_graphs_of_its_own_shapes_and_there_may_be_many(small_model, tmp_path, monkeypatch):
+    symbolic, compile_ = [], torch.compile
+
+    def backend(graph, inputs):
+        symbolic.append(any(isinstance(x, torch.SymInt) for x in inputs))
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=backend, **options))
+    torch._dynamo.reset()
+    options = ["--batch", "2", "3", "4", "--attention", "auto", "sdpa", "--precision", "fp32", "bf16_autocast"]
+    words = ["--model", "vit_b", *options, "--rounds", "1", "--warmup", "1", "--device", "cpu", "--out", str(tmp_path)]
+    assert step.main(words) == 0
+    assert symbolic
+    assert not any(symbolic)
+    torch._dynamo.reset()
+
+
 def test_ratios_are_taken_within_rounds():
     seconds = {"ours": [1.0, 2.0, 4.0], "theirs": [2.0, 6.0, 4.0]}
     assert ratio(seconds, "ours", "theirs") == {"median": 2.0, "low": 1.0, "high": 3.0}
@@ -99,6 +116,9 @@ def test_ratios_are_taken_within_rounds():
         ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma", "attention"),
         ("triton_per_fused_native_layer_norm_mul_0", "elementwise"),
+        ("triton_poi_fused__scaled_dot_product_flash_attention_backward__to_copy_view_3", "elementwise"),
+        ("triton_red_fused_addmm_linalg_vector_norm_clamp_min_div_7", "elementwise"),
+        ("triton_tem_fused_addmm_gelu_2", "matmul"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
         ("aten::_fused_sgd_", "optimizer"),
         ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "communication"),
