@@ -100,6 +100,25 @@ def test_each_arm_has_graphs_of_its_own_shapes_and_there_may_be_many(small_model
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--engine", "zero3"], "engine.compile with engine.name zero3"),
+        (["--attention", "flash", "--precision", "fp32"], "engine.attention flash computes in bf16 only"),
+        (["--attention", "fast"], "invalid choice: 'fast'"),
+        (["--attention", "fa3", "sdpa"], "fa3 is torch's flash kernel for the whole process: measure it by itself"),
+        (["--batch", "0"], "argument --batch: must be at least 1, got 0"),
+        (["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
+        (["--steps", "0"], "argument --steps: must be at least 1, got 0"),
+        (["--images", "natural", "--data", "nowhere"], "nowhere holds no images"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(small_model, words, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        step.main([*words, "--device", "cpu"])
+    assert message in f"{caught.value} {capsys.readouterr().err}"
+
+
 def test_ratios_are_taken_within_rounds():
     seconds = {"ours": [1.0, 2.0, 4.0], "theirs": [2.0, 6.0, 4.0]}
     assert ratio(seconds, "ours", "theirs") == {"median": 2.0, "low": 1.0, "high": 3.0}
