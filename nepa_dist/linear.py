@@ -78,9 +78,8 @@ class Linear(nn.Linear):
     onednn = False
 
     def forward(self, x: Tensor) -> Tensor:
-        takes = self.onednn and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        # The size comes last: a graph of a layer that is not oneDNN's does not depend on it.
-        if not takes or self.bias is None or x.numel() * self.out_features < FEWEST_PRODUCTS:
+        large = x.numel() * self.out_features >= FEWEST_PRODUCTS
+        if not (self.onednn and large) or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or self.bias is None:
             return F.linear(x, self.weight, self.bias)
         rows = onednn_linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
         out: Tensor = rows.unflatten(0, x.shape[:-1])
