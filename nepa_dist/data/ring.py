@@ -73,7 +73,7 @@ class Ring:
         if not self.pinned:
             self._free.append(slot)
             return
-        # The copy to the GPU may still run; it was started in the current stream, before this.
+        # The copy to the GPU may still run, in a side stream that the current one was told to wait for before this.
         event = torch.cuda.Event()
         event.record()
         self._draining.append((event, slot))
