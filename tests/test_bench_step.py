@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import reference, step
+from benchmarks import feed, reference, start, step
 from benchmarks.plain_nepa import PlainNepa
 from benchmarks.rounds import KINDS, kind_of, ratio
 from nepa_dist.presets import PRESETS
@@ -117,6 +117,25 @@ def test_what_cannot_be_measured_is_refused(small_model, words, message, capsys)
     with pytest.raises(SystemExit) as caught:
         step.main([*words, "--device", "cpu"])
     assert message in f"{caught.value} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "nowhere"], "error: data.source nowhere: no such folder"),
+        (["--data", "nowhere", "--rates", "0"], "--rates must be above 0"),
+    ],
+)
+def test_a_feed_that_cannot_be_measured_is_refused(words, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        feed.main(words)
+    assert message in f"{caught.value} {capsys.readouterr().err}"
+
+
+def test_a_start_that_fails_says_why(capfd):
+    with pytest.raises(SystemExit, match="error: a process ended with code 1"):
+        start.main(["--batch", "0"])
+    assert "global_batch_size" in capfd.readouterr().err
 
 
 def test_ratios_are_taken_within_rounds():
