@@ -112,7 +112,9 @@ def natural_images(folder: Path, batch: int, size: int, device: torch.device) ->
 def join(engine: dict[str, Any]) -> World:
     """The ranks that torchrun started, or this process alone; with a process group, which engines that shard need."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    return join_world(make_config("vit_b", 1, world_size, **engine).engine, world_size)
+    # As a run in fp32 does it: no TF32 in convolutions, which is nothing to the other precisions.
+    config = make_config("vit_b", 1, world_size, precision="fp32", **engine)
+    return join_world(config.engine, world_size)
 
 
 def utilisation(config: Config, images_per_second: float, peak: float) -> dict[str, float]:
@@ -264,7 +266,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = benchmark(args)
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
-    report["command"] = shlex.join(["python", "-m", "benchmarks.step", *(sys.argv[1:] if argv is None else argv)])
+    ranks = report["world_size"]
+    start = ["python"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks)]
+    report["command"] = shlex.join([*start, "-m", "benchmarks.step", *(sys.argv[1:] if argv is None else argv)])
     if report["rank"] == 0:
         write(report, to_markdown(report), args.out, "step")
     if dist.is_initialized():

@@ -44,6 +44,20 @@ def test_a_run_of_the_step_writes_a_report(small_model, tmp_path):
     assert "ddp fp32 eager sdpa conv batch 2 random" in text
 
 
+def test_convolutions_in_fp32_use_no_tf32(monkeypatch):
+    joined = []
+
+    def join_world(config, _):
+        joined.append(config)
+        raise SystemExit
+
+    for benchmark in (step, reference):
+        monkeypatch.setattr(benchmark, "join_world", join_world)
+        with pytest.raises(SystemExit):
+            benchmark.main(["--precision", "fp32", *SHORT])
+    assert [config.precision for config in joined] == ["fp32", "fp32"]
+
+
 def test_natural_images_come_from_a_folder(small_model, tiny_images, tmp_path):
     natural = step.natural_images(tiny_images, 20, 32, torch.device("cpu"))
     assert natural.shape == (20, 3, 32, 32)
