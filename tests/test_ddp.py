@@ -144,15 +144,6 @@ def test_a_wrong_last_flag_is_an_error():
         engine.backward(loss, last=True)
 
 
-@pytest.mark.parametrize("checkpointing", ["full", "selective"])
-def test_what_is_computed_again_is_computed_with_the_bf16_copy(checkpointing):
-    options = {"precision": "bf16_params", "activation_checkpointing": checkpointing}
-    rows, states = train(micro_batch_size=4, engine={"precision": "bf16_params"})
-    again, states_again = train(micro_batch_size=4, engine=options)
-    assert again == rows
-    assert_equal(states_again[-1], states[-1], atol=0, rtol=0)
-
-
 def test_bf16_autocast_keeps_weights_and_loss_in_fp32():
     task, engine, plan = make(1, engine={"precision": "bf16_autocast"})
     loss, _ = engine.model(batch(0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.stateless import _reparametrize_module
 
 from nepa_dist.config import Config
 from nepa_dist.engines.base import NamedStateSource, ParameterState, StepResult, check_state, copy_state, gradient_norm
@@ -37,20 +35,9 @@ class _Bf16Copy(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self._copies: dict[str, Tensor] = {}
 
     def forward(self, batch: Mapping[str, Tensor]) -> Any:
-        copies = in_bf16(dict(self.module.named_parameters()))
-        if torch.is_grad_enabled():
-            self._copies = copies
-        return functional_call(self.module, copies, (batch,))
-
-    @contextmanager
-    def copied(self) -> Iterator[None]:
-        """Within the context, which is that of the backward, the module holds the copy of the last forward."""
-        copies, self._copies = self._copies, {}
-        with _reparametrize_module(self.module, copies):
-            yield
+        return functional_call(self.module, in_bf16(dict(self.module.named_parameters())), (batch,))
 
 
 class DDPEngine(NativeEngine):
@@ -61,8 +48,7 @@ class DDPEngine(NativeEngine):
         groups = param_groups(task.named_parameters(), config.optim.weight_decay, task.lr_layer)
         self._optimizer = AdamWEMA(groups, config.optim)
         self._census = Census(whole(task.named_parameters()), device, None)
-        self._copy = _Bf16Copy(self._task) if self._bf16 else None
-        self._root = self._copy or self._task
+        self._root = _Bf16Copy(self._task) if self._bf16 else self._task
         if dist.is_initialized() and dist.get_world_size() > 1:
             devices = [device] if device.type == "cuda" else None
             if config.engine.compile:
@@ -77,11 +63,6 @@ class DDPEngine(NativeEngine):
     def _average_gradients(self, enabled: bool) -> None:
         if isinstance(self._root, DistributedDataParallel):
             self._root.require_backward_grad_sync = enabled
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate ``loss / grad_accum_steps``; activation checkpointing computes again with the weights of the forward."""
-        with nullcontext() if self._copy is None else self._copy.copied():
-            super().backward(loss, last=last)
 
     @torch.no_grad()
     def step(self, *, observe: bool = False) -> StepResult:
@@ -104,11 +85,6 @@ class DDPEngine(NativeEngine):
         check_state({name: list(p.shape) for name, p in parameters.items()}, source)
         for name, parameter in parameters.items():
             copy_state(name, self._state(parameter), source.read(name))
-
-    def close(self) -> None:
-        """Drop the model."""
-        del self._copy
-        super().close()
 
     @torch.no_grad()
     def _swap(self) -> None:
