@@ -29,7 +29,7 @@ _KIND_OF_NAME = (
     ("attention", r"flash|fmha|attention|sdpa|bmm"),
     (
         "matmul",
-        r"nepa_dist::linear|_linear_pointwise|gemm|gemv|cutlass|xmma|nvjet|cublas|\bmm\b|addmm|convolution|wgrad|dgrad|implicit",
+        r"nepa_dist::linear|_linear_pointwise|gemm|gemv|cutlass|xmma|nvjet|cublas|\bmm\b|scaled_mm|addmm|convolution|wgrad|dgrad|implicit",
     ),
 )
 _MATRICES = ((2048, 768, 3072), (2048, 3072, 768), (768, 2048, 3072))

@@ -161,6 +161,7 @@ def test_ratios_are_taken_within_rounds():
     ("name", "kind"),
     [
         ("aten::addmm", "matmul"),
+        ("aten::_scaled_mm", "matmul"),
         ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT", "matmul"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "matmul"),
         ("aten::mkldnn_convolution", "matmul"),
