@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nepa_dist.config import DataConfig
+from nepa_dist.data.containers import DataError
 from nepa_dist.data.loader import TrainLoader
 from nepa_dist.data.open import open_container
 
@@ -55,7 +56,7 @@ def share_waited(batches: Iterable[object], seconds_per_step: float, warmup: int
     return device.idle_seconds / (time.perf_counter() - start)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.feed", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -67,8 +68,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    container = open_container(str(args.data), "train", image_size=args.image_size)
+    args = parser.parse_args(argv)
+    if min(args.rates) <= 0:
+        parser.error("--rates must be above 0")
+    try:
+        container = open_container(str(args.data), "train", image_size=args.image_size)
+    except DataError as error:
+        raise SystemExit(f"error: {error}") from None
     waited: dict[float, list[float]] = {rate: [] for rate in args.rates}
     warmup = 8
     for turn in range(args.rounds):

@@ -23,12 +23,13 @@ from nepa_dist.linear import onednn_linear, prefers_onednn
 
 KINDS = ("matmul", "attention", "elementwise", "optimizer", "communication", "idle")
 _KIND_OF_NAME = (
+    ("elementwise", r"^triton_(?!tem)"),  # named after all that it fuses with: _addmm, _flash_attention_backward
     ("communication", r"nccl|gloo|all_?reduce|all_?gather|reduce_?scatter"),
-    ("optimizer", r"adam|sgd|multi_tensor|lerp|linalg_vector_norm|foreach"),
+    ("optimizer", r"adam|sgd|multi_tensor|lerp|linalg_vector_norm|lpnorm|foreach"),
     ("attention", r"flash|fmha|attention|sdpa|bmm"),
     (
         "matmul",
-        r"nepa_dist::linear|_linear_pointwise|gemm|cutlass|xmma|nvjet|cublas|\bmm\b|addmm|convolution|wgrad|dgrad|implicit",
+        r"nepa_dist::linear|_linear_pointwise|gemm|gemv|cutlass|xmma|nvjet|cublas|\bmm\b|scaled_mm|addmm|convolution|wgrad|dgrad|implicit",
     ),
 )
 _MATRICES = ((2048, 768, 3072), (2048, 3072, 768), (768, 2048, 3072))
@@ -75,10 +76,13 @@ def measure(arms: Sequence[Arm], device: torch.device, dtype: torch.dtype, *, ro
         warmup: steps before the first round.
     """
     peaks = {}
-    for arm in arms:
-        for _ in range(warmup):
-            arm.step()
-        peaks[arm.name] = _peak_bytes(arm.step, device)
+    # As in a run of its own: an arm of another batch than the one before would be compiled for batches of any size, and those
+    # beyond the eighth not at all.
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=1000):
+        for arm in arms:
+            for _ in range(warmup):
+                arm.step()
+            peaks[arm.name] = _peak_bytes(arm.step, device)
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
     rates = []
     for turn in range(rounds):

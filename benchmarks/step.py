@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -26,12 +26,12 @@ from torch import Tensor
 
 from benchmarks.rounds import KINDS, Arm, breakdown, file_stem, measure, place, ratio, spread
 from nepa_dist import cost, presets
-from nepa_dist.config import Config
+from nepa_dist.config import Config, ConfigError, EngineConfig
 from nepa_dist.data.device import normalize
 from nepa_dist.engines.build import build_engine
 from nepa_dist.engines.mesh import World, join_world, leave_world
 from nepa_dist.metrics.profile import peak_flops
-from nepa_dist.plan import make_plan
+from nepa_dist.plan import cross_field_problems, make_plan
 from nepa_dist.tasks.pretrain import PretrainTask
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -47,8 +47,11 @@ def make_config(model: str, batch: int, world_size: int, **engine: Any) -> Confi
         batch: images of one rank.
         world_size: ranks.
         **engine: settings of the engine.
+
+    Raises:
+        ConfigError: the settings do not fit each other.
     """
-    return Config.model_validate(
+    config = Config.model_validate(
         {
             "model": {"preset": model},
             "global_batch_size": batch * world_size,
@@ -58,6 +61,9 @@ def make_config(model: str, batch: int, world_size: int, **engine: Any) -> Confi
             "cluster": {"gpus_per_node": world_size},
         }
     )
+    if problems := cross_field_problems(config):
+        raise ConfigError(problems)
+    return config
 
 
 def project_arm(name: str, config: Config, images: Tensor, device: torch.device) -> Arm:
@@ -106,7 +112,9 @@ def natural_images(folder: Path, batch: int, size: int, device: torch.device) ->
 def join(engine: dict[str, Any]) -> World:
     """The ranks that torchrun started, or this process alone; with a process group, which engines that shard need."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    return join_world(make_config("vit_b", 1, world_size, **engine).engine, world_size)
+    # As a run in fp32 does it: no TF32 in convolutions, which is nothing to the other precisions.
+    config = make_config("vit_b", 1, world_size, precision="fp32", **engine)
+    return join_world(config.engine, world_size)
 
 
 def utilisation(config: Config, images_per_second: float, peak: float) -> dict[str, float]:
@@ -221,31 +229,46 @@ def write(report: dict[str, Any], text: str, out: Path, prefix: str) -> None:
     print(text)
 
 
+def count(text: str) -> int:
+    """A number of the command line that is at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_b", choices=list(presets.PRESETS))
-    parser.add_argument("--batch", type=int, nargs="+", default=[64], metavar="B", help="images of one rank")
+    parser.add_argument("--batch", type=count, nargs="+", default=[64], metavar="B", help="images of one rank")
     parser.add_argument("--precision", nargs="+", default=["bf16_autocast"], choices=["fp32", "bf16_autocast", "bf16_params"])
     parser.add_argument("--compile", nargs="+", default=["on"], choices=list(_SWITCH))
     parser.add_argument("--engine", nargs="+", default=["ddp"], choices=["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"])
-    parser.add_argument("--attention", nargs="+", default=["auto"], help="values of engine.attention")
+    kernels = get_args(EngineConfig.model_fields["attention"].annotation)
+    parser.add_argument("--attention", nargs="+", default=["auto"], choices=kernels, help="values of engine.attention")
     parser.add_argument("--patch-embed", nargs="+", default=["conv"], choices=["conv", "matmul"])
     parser.add_argument("--images", nargs="+", default=["random"], choices=["random", "natural"])
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="images for natural, at any depth")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--threads", type=int, metavar="N", help="of a CPU; default: all cores")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1, help="per round and arm")
+    parser.add_argument("--threads", type=count, metavar="N", help="of a CPU; default: all cores")
+    parser.add_argument("--rounds", type=count, default=5)
+    parser.add_argument("--steps", type=count, default=1, help="per round and arm")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each arm before the first round")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the report goes")
     args = parser.parse_args(argv)
     if "natural" in args.images and args.data is None:
         parser.error("--images natural needs --data FOLDER")
+    if "fa3" in args.attention and len(set(args.attention)) > 1:
+        parser.error("fa3 is torch's flash kernel for the whole process: measure it by itself")
     if args.threads:
         torch.set_num_threads(args.threads)
-    report = benchmark(args)
-    report["command"] = shlex.join(["python", "-m", "benchmarks.step", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        report = benchmark(args)
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
+    ranks = report["world_size"]
+    start = ["python"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks)]
+    report["command"] = shlex.join([*start, "-m", "benchmarks.step", *(sys.argv[1:] if argv is None else argv)])
     if report["rank"] == 0:
         write(report, to_markdown(report), args.out, "step")
     if dist.is_initialized():

@@ -148,4 +148,11 @@ def _engine_problems(config: Config) -> list[str]:
         problems.append("engine.deterministic with DeepSpeed: its bucketed reductions promise no order; use ddp or fsdp2")
     if engine.shard_size is not None and engine.name != "hsdp":
         problems.append(f"engine.shard_size has no effect with engine.name {engine.name}; it belongs to hsdp")
+    # Of torch's kernels on a GPU; without its own choice, what one of them does not take is an error in the first step.
+    kernel, model = engine.attention, config.model
+    if kernel in ("flash", "cudnn", "fa3") and engine.precision == "fp32":
+        problems.append(f"engine.attention {kernel} computes in bf16 only, and engine.precision is fp32; use sdpa or efficient")
+    if kernel in ("efficient", "cudnn") and engine.precision != "fp32" and model.head_dim % 8:
+        width = f"{model.embed_dim} / {model.num_heads}"
+        problems.append(f"engine.attention {kernel} needs a head width that is a multiple of 8, got {width}; use sdpa")
     return problems

@@ -114,7 +114,9 @@ def _time_rows(config: Config, plan: Plan, steps: int | None) -> list[tuple[str,
     # Within a node all fabrics are the same.
     for fabric in FABRICS if config.cluster.nodes > 1 else FABRICS[:1]:
         rows += _fabric_rows(config, plan, steps, gpu, fabric)
-    kind = "" if config.cluster.gpu_type else " (cluster.gpu_type names another)"
+    given, kind = config.cluster.gpu_type, " (cluster.gpu_type names another)"
+    if given:
+        kind = "" if gpu.name.lower() in given.lower() else f" (there are no figures for cluster.gpu_type {given})"
     rows.append(("assumes", f"{gpu.name}{kind}, rates and link speeds as in nepa_dist/step_time.py; {world} ranks, no waits"))
     return rows
 

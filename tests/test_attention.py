@@ -6,7 +6,7 @@ import torch
 from nepa_dist.attention import DENSE_TOKENS, choose_attention, dense, few_dense, sdpa
 from nepa_dist.config import Config, ConfigError
 from nepa_dist.engines.build import build_engine
-from nepa_dist.plan import make_plan
+from nepa_dist.plan import cross_field_problems, make_plan
 from nepa_dist.tasks.build import build_task
 
 CPU = torch.device("cpu")
@@ -68,3 +68,23 @@ def test_what_a_cpu_lacks_is_a_configuration_error(name):
 def test_fa3_that_is_not_installed_is_said_so():
     with pytest.raises(ValueError, match="FlashAttention-3 cannot be used"):
         choose_attention("fa3", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("attention", "precision", "num_heads", "problem"),
+    [
+        ("flash", "fp32", 3, "engine.attention flash computes in bf16 only"),
+        ("cudnn", "fp32", 3, "engine.attention cudnn computes in bf16 only"),
+        ("fa3", "fp32", 3, "engine.attention fa3 computes in bf16 only"),
+        ("efficient", "fp32", 3, None),
+        ("flash", "bf16_autocast", 16, None),
+        ("cudnn", "bf16_params", 16, "engine.attention cudnn needs a head width that is a multiple of 8, got 192 / 16"),
+        ("efficient", "bf16_autocast", 16, "engine.attention efficient needs a head width that is a multiple of 8"),
+        ("auto", "fp32", 16, None),
+    ],
+)
+def test_a_kernel_that_does_not_take_the_model_is_refused_before_work_starts(attention, precision, num_heads, problem):
+    engine = {"attention": attention, "precision": precision}
+    config = Config.model_validate({"engine": engine, "model": {"embed_dim": 192, "num_heads": num_heads}})
+    found = [text for text in cross_field_problems(config) if "engine.attention" in text]
+    assert (problem is None and not found) or (len(found) == 1 and found[0].startswith(problem))

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import reference, step
+from benchmarks import feed, reference, start, step
 from benchmarks.plain_nepa import PlainNepa
 from benchmarks.rounds import KINDS, kind_of, ratio
 from nepa_dist.presets import PRESETS
@@ -42,6 +42,20 @@ def test_a_run_of_the_step_writes_a_report(small_model, tmp_path):
     assert report["machine"]["commit"]
     assert text == step.to_markdown(report)
     assert "ddp fp32 eager sdpa conv batch 2 random" in text
+
+
+def test_convolutions_in_fp32_use_no_tf32(monkeypatch):
+    joined = []
+
+    def join_world(config, _):
+        joined.append(config)
+        raise SystemExit
+
+    for benchmark in (step, reference):
+        monkeypatch.setattr(benchmark, "join_world", join_world)
+        with pytest.raises(SystemExit):
+            benchmark.main(["--precision", "fp32", *SHORT])
+    assert [config.precision for config in joined] == ["fp32", "fp32"]
 
 
 def test_natural_images_come_from_a_folder(small_model, tiny_images, tmp_path):
@@ -83,6 +97,61 @@ def test_the_comparison_names_what_is_missing_and_takes_others(small_model, tmp_
     assert text == reference.to_markdown(report)
 
 
+def test_each_arm_has_graphs_of_its_own_shapes_and_there_may_be_many(small_model, tmp_path, monkeypatch):
+    symbolic, compile_ = [], torch.compile
+
+    def backend(graph, inputs):
+        symbolic.append(any(isinstance(x, torch.SymInt) for x in inputs))
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=backend, **options))
+    torch._dynamo.reset()
+    options = ["--batch", "2", "3", "4", "--attention", "auto", "sdpa", "--precision", "fp32", "bf16_autocast"]
+    words = ["--model", "vit_b", *options, "--rounds", "1", "--warmup", "1", "--device", "cpu", "--out", str(tmp_path)]
+    assert step.main(words) == 0
+    assert symbolic
+    assert not any(symbolic)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--engine", "zero3"], "engine.compile with engine.name zero3"),
+        (["--attention", "flash", "--precision", "fp32"], "engine.attention flash computes in bf16 only"),
+        (["--attention", "fast"], "invalid choice: 'fast'"),
+        (["--attention", "fa3", "sdpa"], "fa3 is torch's flash kernel for the whole process: measure it by itself"),
+        (["--batch", "0"], "argument --batch: must be at least 1, got 0"),
+        (["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
+        (["--steps", "0"], "argument --steps: must be at least 1, got 0"),
+        (["--images", "natural", "--data", "nowhere"], "nowhere holds no images"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(small_model, words, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        step.main([*words, "--device", "cpu"])
+    assert message in f"{caught.value} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "nowhere"], "error: data.source nowhere: no such folder"),
+        (["--data", "nowhere", "--rates", "0"], "--rates must be above 0"),
+    ],
+)
+def test_a_feed_that_cannot_be_measured_is_refused(words, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        feed.main(words)
+    assert message in f"{caught.value} {capsys.readouterr().err}"
+
+
+def test_a_start_that_fails_says_why(capfd):
+    with pytest.raises(SystemExit, match="error: a process ended with code 1"):
+        start.main(["--batch", "0"])
+    assert "global_batch_size" in capfd.readouterr().err
+
+
 def test_ratios_are_taken_within_rounds():
     seconds = {"ours": [1.0, 2.0, 4.0], "theirs": [2.0, 6.0, 4.0]}
     assert ratio(seconds, "ours", "theirs") == {"median": 2.0, "low": 1.0, "high": 3.0}
@@ -92,6 +161,7 @@ def test_ratios_are_taken_within_rounds():
     ("name", "kind"),
     [
         ("aten::addmm", "matmul"),
+        ("aten::_scaled_mm", "matmul"),
         ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT", "matmul"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "matmul"),
         ("aten::mkldnn_convolution", "matmul"),
@@ -99,6 +169,9 @@ def test_ratios_are_taken_within_rounds():
         ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma", "attention"),
         ("triton_per_fused_native_layer_norm_mul_0", "elementwise"),
+        ("triton_poi_fused__scaled_dot_product_flash_attention_backward__to_copy_view_3", "elementwise"),
+        ("triton_red_fused_addmm_linalg_vector_norm_clamp_min_div_7", "elementwise"),
+        ("triton_tem_fused_addmm_gelu_2", "matmul"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
         ("aten::_fused_sgd_", "optimizer"),
         ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "communication"),

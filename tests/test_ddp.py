@@ -155,6 +155,26 @@ def test_bf16_autocast_keeps_weights_and_loss_in_fp32():
     assert plan.grad_accum_steps == 1
 
 
+def _count_graphs():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compile_ = torch.compile
+    torch.compile = lambda function, **options: compile_(function, backend=backend, **options)
+    _, engine, plan = make(2, model=MODEL | {"embed_dim": 256}, engine={"compile": True})
+    update(engine, plan, 0, torch.distributed.get_rank(), 2)
+    engine.close()
+    return len(graphs)
+
+
+def test_a_compiled_block_stays_whole_on_several_ranks():
+    # A block of 3 MB is more than DDP's first bucket, at whose border a graph of a module within DDP is split by default.
+    assert run_ranks(_count_graphs, 2) == [2, 2]  # the block and the loss
+
+
 def test_world_without_peers_reduces_and_gathers_alone():
     world = World(0, 0, 1, 1, CPU)
     assert world.gather({"a": 1}) == [{"a": 1}]

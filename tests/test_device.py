@@ -58,6 +58,22 @@ def test_copies_and_normalisation_run_in_the_side_stream_and_all_is_handed_over(
     assert side_stream(CPU) is None
 
 
+def test_tensors_are_handed_to_the_stream_of_their_own_device(monkeypatch):
+    second, notes = torch.device("cuda", 1), []
+
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+
+        def wait_stream(self, other):
+            notes.append((self.device, "waits for", other.device))
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream(device or torch.device("cuda", 0)))
+    data_device.SideStream(second).hand_over([])
+    assert notes == [(second, "waits for", second)]
+
+
 def test_a_batch_is_on_its_way_before_the_step_before_it_is_waited_for(monkeypatch, tmp_path, tiny_images):
     notes = []
     upload, read, update = to_device, StepReport.read, train.update

@@ -111,6 +111,10 @@ def test_the_moving_average_passes_over_what_is_not_finite():
     [
         ("NVIDIA H100 80GB HBM3", 989e12, 67e12),
         ("NVIDIA H100 PCIe", 756e12, 51e12),
+        ("NVIDIA H100 NVL", 835e12, 60e12),
+        ("NVIDIA H200", 989e12, 67e12),
+        ("NVIDIA H200 NVL", 835e12, 60e12),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None, None),
         ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
         ("NVIDIA L40S", 362e12, 91.6e12),
         ("NVIDIA GeForce RTX 4090", 165e12, 82.6e12),

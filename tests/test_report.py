@@ -59,3 +59,10 @@ def test_the_report_compares_links_between_nodes() -> None:
     assert len(steps) == 2
     assert steps[0] < steps[1]
     assert "(of " in report
+
+
+def test_the_report_says_when_it_knows_no_figures_of_the_gpu() -> None:
+    report = build_report(load_config(overrides=["steps=10", "cluster.gpu_type=b200"]), None)
+    assert re.search(r"assumes +H100 \(there are no figures for cluster.gpu_type b200\), rates", report)
+    report = build_report(load_config(overrides=["steps=10", "cluster.gpu_type=h200"]), None)
+    assert re.search(r"assumes +H200, rates", report)

@@ -137,10 +137,18 @@ def test_memory_that_cannot_be_pinned_is_copied_and_said(
         def cudaHostRegister(self, *_: int) -> int:
             return 801
 
+    pending = [RuntimeError("CUDA error: operation not supported")]
+
+    def kernel(*_: object, **__: object) -> None:
+        if pending:
+            raise pending.pop()  # as a GPU does with an error that nobody has asked for
+
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch, "arange", kernel)
     ring = Ring(2, BatchShape(2, 4, masks=False))
     ring.pin()
     assert not ring.pinned
+    assert not pending
     assert "failed with error 801" in caplog.text
 
 

@@ -74,7 +74,7 @@ class SideStream:
 
     def hand_over(self, tensors: Iterable[Tensor]) -> None:
         """Give tensors of the side stream to the current one, which waits for them without the host."""
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self._stream.device)
         current.wait_stream(self._stream)
         for tensor in tensors:
             tensor.record_stream(current)  # else their memory could be used again while they are read

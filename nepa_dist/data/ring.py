@@ -7,6 +7,7 @@ the copies that were under way by then are done too.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import weakref
@@ -47,6 +48,8 @@ class Ring:
         if self.pinned:
             weakref.finalize(self, _unpin, memory.ctypes.data, self._draining).atexit = False
         else:
+            with contextlib.suppress(RuntimeError):
+                torch.arange(1, device="cuda")  # takes the error, for which the next kernel would be blamed otherwise
             reason = f"cudaHostRegister of {memory.nbytes / 1e6:.0f} MB failed with error {code}"
             _log.warning("%s: every batch is copied once more, which costs the trainer some processor time", reason)
 
@@ -73,7 +76,7 @@ class Ring:
         if not self.pinned:
             self._free.append(slot)
             return
-        # The copy to the GPU may still run; it was started in the current stream, before this.
+        # The copy to the GPU may still run, in a side stream that the current one was told to wait for before this.
         event = torch.cuda.Event()
         event.record()
         self._draining.append((event, slot))

@@ -51,6 +51,10 @@ class DDPEngine(NativeEngine):
         self._root = _Bf16Copy(self._task) if self._bf16 else self._task
         if dist.is_initialized() and dist.get_world_size() > 1:
             devices = [device] if device.type == "cuda" else None
+            if config.engine.compile:
+                # It would split the graph of each block at the borders of gradient buckets. Single blocks are compiled, so
+                # gradients are there block by block anyhow; and not all releases of torch can split a checkpointed one.
+                torch._dynamo.config.optimize_ddp = False
             # Weights are equal by construction: keyed initialisation, one checkpoint.
             self._root = DistributedDataParallel(self._root, device_ids=devices, gradient_as_bucket_view=True, init_sync=False)
             if config.engine.reduce_dtype == "bf16":

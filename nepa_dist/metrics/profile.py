@@ -89,7 +89,9 @@ class Stopwatch:
 PEAK_FLOPS: Mapping[str, tuple[float, float]] = {
     "B200": (2250e12, 75e12),
     "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
     "H100": (989e12, 67e12),
+    "H200 NVL": (835e12, 60e12),
     "H200": (989e12, 67e12),
     "GH200": (989e12, 67e12),
     "A100": (312e12, 19.5e12),
@@ -105,9 +107,12 @@ name: NVIDIA's data sheets."""
 
 
 def peak_flops(device_name: str, *, fp32: bool) -> float | None:
-    """Peak of a device by its name; None if it is not known. Of the entries whose words are all in it, the longest decides."""
+    """Peak of a device by its name; None if it is not known, or is a part of a GPU (MIG).
+
+    Of the entries whose words are all in the name, the longest decides.
+    """
     words = f" {device_name.replace('-', ' ')} "
     fits = [name for name in PEAK_FLOPS if all(f" {word} " in words for word in name.split(" "))]
-    if not fits:
+    if not fits or " MIG " in words:
         return None
     return PEAK_FLOPS[max(fits, key=len)][1 if fp32 else 0]
