@@ -14,6 +14,8 @@ zero3      as zero2, / W   4P / W                   4P / W + bucket 8P / W, 4P /
 =========  ==============  =======================  ==============  ================
 
 ``bf16`` means precision ``bf16_params``; with ddp its copy of 2P lives during forward and backward, with fsdp2 that of a block.
+With ``bf16_autocast`` backward keeps a copy of every weight as well, 2P on each rank whatever is sharded; a block that is
+computed again makes its copies again.
 \* With accumulation fsdp2 and hsdp keep gradients whole, 4P, until the last micro-batch reduces them. Without
 ``reshard_after_forward`` gathered weights add 4P (bf16: 2P) to fsdp2, hsdp and zero3; gradients of fsdp2 and hsdp take the room
 that they leave, where there is no accumulation.
@@ -99,6 +101,8 @@ def state_bytes(config: Config, grad_accum_steps: int) -> dict[str, int]:
         rows["fp32 weights of the optimizer"] = 4 * P // optimizer_shards
     elif low and engine.name == "ddp":
         rows["bf16 copy of the weights"] = 2 * P
+    if engine.precision == "bf16_autocast" and engine.activation_checkpointing == "none":
+        rows["bf16 copies by autocast"] = 2 * P
     rows |= {"gradients": gradients, "Adam moments": 8 * P // optimizer_shards}
     if config.optim.ema_decay is not None:
         rows["EMA"] = 4 * P // optimizer_shards

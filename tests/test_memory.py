@@ -79,3 +79,29 @@ def measure(name, options):
 def test_predicted_state_is_what_is_held(name, ranks, options):
     for held, predicted in run_ranks(measure, ranks, name, options):
         assert held == pytest.approx(predicted, rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_autocast_keeps_a_copy_of_the_weights_unless_blocks_are_computed_again(checkpointing):
+    engine = {"precision": "bf16_autocast", "activation_checkpointing": checkpointing}
+    config = Config.model_validate(
+        {"model": MODEL, "steps": 2, "global_batch_size": 1, "micro_batch_size": 1, "engine": engine}
+    )
+    task = PretrainTask(config.model, config.objective, seed=0)
+    placed = build_engine(task, config, make_plan(config, 10), torch.device("cpu"))
+    shapes = {tuple(sorted(p.shape)) for block in task.backbone.blocks for p in block.parameters() if p.ndim == 2}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.dtype == torch.bfloat16 and tuple(sorted(tensor.shape)) in shapes:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # held, so that no other one gets its place
+        return tensor
+
+    task.begin_step(0, observe=False)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _ = placed.model({"images": torch.zeros(1, 3, 32, 32)})
+    predicted = state_bytes(config, 1).get("bf16 copies by autocast", 0)
+    held = sum(storage.nbytes() for storage in kept.values())
+    assert held == pytest.approx(predicted, rel=0.1)  # embeddings, biases and norms are not among those counted here
+    loss.backward()
+    placed.close()

@@ -24,14 +24,14 @@ def test_the_report_counts_memory_by_formula() -> None:
     settings = ["model.preset=vit_b", "global_batch_size=8", "engine.precision=bf16_autocast"]
     report = build_report(load_config(overrides=settings), 100)
     size = 4 * 85_539_840
-    assert re.search(
-        rf"weights +{size / 1e6:.4g} MB\n +gradients +{size / 1e6:.4g} MB\n +Adam moments +{2 * size / 1e6:.4g} MB", report
-    )
+    rows = [("weights", 1), ("bf16 copies by autocast", 0.5), ("gradients", 1), ("Adam moments", 2)]
+    assert re.search("".join(rf"\n +{name} +{share * size / 1e6:.4g} MB" for name, share in rows), report)
     assert re.search(rf"EMA +{size / 1e6:.4g} MB", report)
     activations = 8 * (22 * 768 + 6 * 2048) * 256 * 12
     assert f"activations                  {activations / 1e6:.4g} MB" in report
     fp32 = build_report(load_config(overrides=[*settings[:2], "engine.precision=fp32", "optim.ema_decay=null"]), 100)
     assert f"activations                  {2 * activations / 1e9:.4g} GB" in fp32
+    assert "by autocast" not in fp32
     assert "EMA " not in fp32.partition("Time on")[0]
 
 
