@@ -25,7 +25,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN mkdir nepa_dist jobs \
     && pip install --no-cache-dir --constraint constraints.txt pip \
     && pip install --no-cache-dir --constraint constraints.txt --build-constraint constraints.txt \
-        --editable '.[deepspeed,slurm,streaming,webdataset]' \
+        --editable '.[deepspeed,fp8,slurm,streaming,webdataset]' \
     && pip install --no-cache-dir --constraint constraints.txt --build-constraint constraints.txt ffcv
 
 COPY . .
