@@ -111,7 +111,8 @@ def _rank_main(
 ) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
-    # A rank that hangs says where, just before the parent kills it.
+    # A rank that hangs says where, just before the parent kills it; one that crashes in a library says where it was.
+    faulthandler.enable()
     faulthandler.dump_traceback_later(0.9 * timeout)
     try:
         if init:

@@ -248,11 +248,15 @@ def test_an_unknown_option_exits_with_2(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_at_once_and_leaves_nothing_half(tmp_path: Path, number: signal.Signals) -> None:
-    images, out = image_folder(tmp_path / "images", num_classes=2, per_class=150, size=(640, 480)), tmp_path / "out"
+    images, out = image_folder(tmp_path / "images", num_classes=2, per_class=30, size=(640, 480)), tmp_path / "out"
     command = [sys.executable, "-m", "data_prep", "prepare", str(images), str(out), "--split", "train"]
-    command += ["--container", "mds", "--policy", "short400-q100", "--shards", "100", "--workers", "2"]
+    command += ["--container", "mds", "--policy", "short400-q100", "--shards", "10", "--workers", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # A shell gives what it starts in the background an ignored SIGINT, and these tests may run there.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     while process.poll() is None and not list(out.glob("train/parts/*.json")):
         time.sleep(0.005)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
