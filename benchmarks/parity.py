@@ -8,6 +8,7 @@ run, which differs only in the order in which attention sums, tells how far apar
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import statistics
 import sys
@@ -107,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cuda": torch.cuda.is_available(),
         "command": shlex.join(["python", "-m", "benchmarks.parity", *(sys.argv[1:] if argv is None else argv)]),
     }
-    write(report, to_markdown(report), args.out, "parity")
+    about_change = re.sub(r"[^\w.]+", "-", " ".join(args.change))
+    write(report, to_markdown(report), args.out, f"parity_{about_change}")
     return 0 if report["passed"] else 1
 
 

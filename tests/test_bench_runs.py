@@ -15,7 +15,7 @@ def test_another_learning_rate_fails_and_the_record_says_so(tmp_path, capsys):
     words = [*WORDS, "--set", "optim.base_lr=0.01", "--change", "optim.base_lr=0.3"]
     assert parity.main([*words, "--out", str(tmp_path), "--runs", str(tmp_path / "runs")]) == 1
     assert {path.name for path in (tmp_path / "runs").iterdir()} >= {"as-given", "changed", "rounding"}
-    (path,) = tmp_path.glob("parity_vit_tiny_*.json")
+    (path,) = tmp_path.glob("parity_optim.base_lr-0.3_vit_tiny_*.json")
     report = json.loads(path.read_text())
     assert report["gap"]["rounding"] < 1e-4 < report["tolerance"] < report["gap"]["changed"]
     assert report["steps"] == 20
