@@ -46,7 +46,16 @@ def curve(precision, **engine):
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)
-@pytest.mark.parametrize("faster", [{"attention": "dense"}, {"attention": "dense", "compile": True}], ids=["dense", "compiled"])
+@pytest.mark.parametrize(
+    "faster",
+    [
+        {"attention": "dense"},
+        {"attention": "dense", "compile": True},
+        {"compile": True, "activation_checkpointing": "full"},
+        {"compile": True, "activation_checkpointing": "selective"},
+    ],
+    ids=["dense", "compiled", "compiled, full", "compiled, selective"],
+)
 def test_the_loss_curve_stays(precision, faster):
     before, after = curve(precision, attention="sdpa"), curve(precision, **faster)
     assert before[-1] < before[0] - 0.05  # it learns

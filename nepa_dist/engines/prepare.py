@@ -90,16 +90,18 @@ def prepare(task: Task, config: EngineConfig, device: torch.device) -> None:
 
 def _checkpointed(forward: Callable[..., Any], block: nn.Module | None, *, selective: bool) -> Callable[..., Any]:
     """``forward``, computed again in backward; with ``block``, with the parameters that it had in forward, which are copies."""
-    contexts = _selective_contexts if selective else noop_context_fn
+    # Without a policy there is no context_fn: torch.compile takes none but that of one.
+    options: dict[str, Any] = {"context_fn": _selective_contexts} if selective else {}
 
     @functools.wraps(forward)
     def run(*args: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args)
-        context_fn = contexts
-        if block is not None:
-            context_fn = functools.partial(_again_with, block, dict(block.named_parameters()), contexts)
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=context_fn)
+        if block is None:
+            return checkpoint(forward, *args, use_reentrant=False, **options)
+        contexts = options.get("context_fn", noop_context_fn)
+        again = functools.partial(_again_with, block, dict(block.named_parameters()), contexts)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=again)
 
     return run
 
