@@ -7,21 +7,15 @@ one was written. The share of a recipe that saves more rarely follows from the s
 
 from __future__ import annotations
 
-import argparse
-import shlex
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.rounds import place
-from benchmarks.runs import train_all
-from benchmarks.step import RESULTS, write
+from benchmarks.runs import facts, run_parser, train_all
+from benchmarks.step import write
 from nepa_dist.config import CheckpointConfig
 
 _TIME = "time_seconds_total."
@@ -75,31 +69,17 @@ def to_markdown(report: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loop", description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="as for jobs/submit.py pretrain")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--steps", type=int, default=24)
+    parser = run_parser("loop", __doc__.splitlines()[0], 24)
     parser.add_argument("--every", type=int, default=8, help="steps between two checkpoints")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
-    parser.add_argument("--gpus-per-node", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the report goes")
     args = parser.parse_args(argv)
     if not 0 < args.every < args.steps:
         parser.error(f"--every {args.every}: between 1 and --steps {args.steps}, so that a save falls into the run")
-    words = ["--data", args.data, "--gpus-per-node", str(args.gpus_per_node)]
-    shared = [f"steps={args.steps}", "metrics.every=1", *args.set]
     every = {"saving": args.every, "without": args.steps + 1}
     with tempfile.TemporaryDirectory() as scratch:
-        arms = {name: [*shared, f"checkpoint.every={number}"] for name, number in every.items()}
-        curves = train_all(args.model, Path(scratch), words, arms)
+        curves = train_all(args, Path(scratch), {name: [f"checkpoint.every={number}"] for name, number in every.items()})
     found = {name: summarize(rows) for name, rows in curves.items()}
     usual = CheckpointConfig().every
-    report = {
-        "model": args.model,
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": place(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "cuda": torch.cuda.is_available(),
-        "command": shlex.join(["python", "-m", "benchmarks.loop", *(sys.argv[1:] if argv is None else argv)]),
+    report = facts("loop", args.model, argv) | {
         "arms": found,
         "usual_every": usual,
         "usual_share": max(found["saving"]["stall_seconds"]) / (usual * found["without"]["step_seconds"]),

@@ -7,22 +7,18 @@ run, which differs only in the order in which attention sums, tells how far apar
 
 from __future__ import annotations
 
-import argparse
 import re
-import shlex
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.rounds import place
-from benchmarks.runs import train_all
-from benchmarks.step import RESULTS, write
+from benchmarks.runs import facts, run_parser, train_all
+from benchmarks.step import write
 
 SPANS = 10
 
@@ -81,33 +77,17 @@ def to_markdown(report: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="as for jobs/submit.py pretrain")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser = run_parser("parity", __doc__.splitlines()[0], 1000)
     parser.add_argument("--change", action="append", required=True, metavar="KEY=VALUE", help="what is tested; may be repeated")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for all runs; may be repeated")
-    parser.add_argument("--gpus-per-node", type=int, default=1)
     parser.add_argument("--tolerance", type=float, default=0.005, help="of the mean loss of a tenth of the steps")
     parser.add_argument("--runs", type=Path, metavar="DIR", help="keep the runs there; default: they are thrown away")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the report goes")
     args = parser.parse_args(argv)
     if args.steps < 2 * SPANS:
         parser.error(f"--steps {args.steps}: at least {2 * SPANS}, two for each span")
-    words = ["--data", args.data, "--gpus-per-node", str(args.gpus_per_node)]
-    shared = [f"steps={args.steps}", "metrics.every=1", *args.set]
     arms = {"as given": [], "changed": args.change, "rounding": [f"engine.attention={_other_attention(args.set)}"]}
     with tempfile.TemporaryDirectory() as scratch:
-        curves = train_all(args.model, args.runs or Path(scratch), words, {k: [*shared, *own] for k, own in arms.items()})
-    about = place(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    report = compare(curves, args.tolerance) | {
-        "model": args.model,
-        "changes": args.change,
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": about,
-        "cuda": torch.cuda.is_available(),
-        "command": shlex.join(["python", "-m", "benchmarks.parity", *(sys.argv[1:] if argv is None else argv)]),
-    }
+        curves = train_all(args, args.runs or Path(scratch), arms)
+    report = facts("parity", args.model, argv) | compare(curves, args.tolerance) | {"changes": args.change}
     about_change = re.sub(r"[^\w.]+", "-", " ".join(args.change))
     write(report, to_markdown(report), args.out, f"parity_{about_change}")
     return 0 if report["passed"] else 1
