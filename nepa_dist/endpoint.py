@@ -11,10 +11,10 @@ import ipaddress
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from nepa_dist import __version__
 from nepa_dist.config import Config
 from nepa_dist.engines.mesh import World
 from nepa_dist.metrics.discovery import Target
@@ -176,5 +176,5 @@ def describe_run(config: Config, restarts: int, device_name: str) -> tuple[dict[
         "git": str(git.get("commit", ""))[:12],
         "config_digest": config.digest()[:12],
     }
-    build = {"version": metadata.version("nepa-dist")}
+    build = {"version": __version__}
     return info, build | {name: found[name] for name in ("torch", "deepspeed") if name in found}
