@@ -247,9 +247,7 @@ class _Add(torch.autograd.Function):
     """x + kept * gamma * branch [B, T, D]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, branch: Tensor, bias: Tensor | None, gamma: Tensor, kept: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, branch: Tensor, bias: Tensor | None, gamma: Tensor, kept: Tensor | None) -> Tensor:
         B, T, D = x.shape
         x, branch = x.contiguous(), branch.contiguous()
         out = torch.empty(B, T, D, dtype=torch.promote_types(x.dtype, gamma.dtype), device=x.device)

@@ -32,9 +32,7 @@ def _slope(x, GELU: tl.constexpr):
 
 
 @triton.jit
-def activation_forward(
-    h, y, n, H: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, R: tl.constexpr, C: tl.constexpr
-):
+def activation_forward(h, y, n, H: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """y [n, H] = act(h), or act(gate) * up with h = [gate, up] [n, 2 H]."""
     columns = tl.program_id(0) * C + tl.arange(0, C)[None, :]
     rows = (tl.program_id(1) * R + tl.arange(0, R)[:, None]).to(tl.int64)
@@ -339,9 +337,7 @@ def add_norm_backward(
 
 
 @triton.jit
-def add_forward(
-    x, branch, gamma, kept, out, n, T, D: tl.constexpr, KEPT: tl.constexpr, R: tl.constexpr, C: tl.constexpr
-):
+def add_forward(x, branch, gamma, kept, out, n, T, D: tl.constexpr, KEPT: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """out = x + kept * gamma * branch [n, D]."""
     columns = tl.program_id(0) * C + tl.arange(0, C)[None, :]
     rows = tl.program_id(1) * R + tl.arange(0, R)[:, None]

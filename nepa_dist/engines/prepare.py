@@ -86,7 +86,7 @@ def prepare(task: Task, config: EngineConfig, device: torch.device) -> None:
         if config.compile:
             # A part that cannot be compiled is an error: run in between, it would cost more than compiling saves.
             forward = torch.compile(forward, fullgraph=True)
-        if forward is not block.forward:
+        if forward != block.forward:
             block.forward = forward
     if config.compile:
         task.compile_loss()
