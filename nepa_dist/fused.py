@@ -9,17 +9,17 @@ Legend: B images, T tokens, D width, H hidden width of the MLP, N heads, K head 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nepa_dist.config import ModelConfig
 from nepa_dist.linear import Linear
 
 if TYPE_CHECKING:
-    from nepa_dist.model import Block, LayerScale, Rotary
+    from nepa_dist.config import ModelConfig
+    from nepa_dist.model import Block, Rotary
 
 kernels: Any = None
 """The module of the Triton kernels, once it is imported."""
@@ -73,18 +73,19 @@ def block_forward(block: Block, x: Tensor, rotary: Rotary, causal: bool) -> Tens
     """See :meth:`nepa_dist.model.Block.forward`; to be bound to a block in its place."""
     B, T, D = x.shape
     attn, mlp = block.attn, block.mlp
-    norm: Any = attn.q_norm
+    parts: Any = block
+    norm, k_norm = parts.attn.q_norm, parts.attn.k_norm
     qkv, bias = _linear(attn.qkv, block.norm1(x))
-    weights = None if norm.weight is None else torch.stack([norm.weight, cast(Any, attn.k_norm).weight])
+    weights = None if norm.weight is None else torch.stack([norm.weight, k_norm.weight])
     q, k, v = _Heads.apply(qkv, bias, weights, rotary.cos, rotary.sin, attn.num_heads, norm.eps)
     y = attn.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal).transpose(1, 2).reshape(B, T, D)
     branch, bias = _linear(attn.proj, y)
-    norm, scale = block.norm2, cast("LayerScale", block.ls1)
-    x, y = _AddNorm.apply(x, branch, bias, scale.gamma, _kept(block, x), norm.weight, norm.bias, norm.eps)
+    norm = block.norm2
+    x, y = _AddNorm.apply(x, branch, bias, parts.ls1.gamma, _kept(block, x), norm.weight, norm.bias, norm.eps)
     h, bias = _linear(mlp.gate_up if mlp.gated else mlp.up, y)
     y = _Activation.apply(h, bias, mlp.gated, mlp.activation is F.gelu)
     branch, bias = _linear(mlp.down, y)
-    out: Tensor = _Add.apply(x, branch, bias, cast("LayerScale", block.ls2).gamma, _kept(block, x))
+    out: Tensor = _Add.apply(x, branch, bias, parts.ls2.gamma, _kept(block, x))
     return out
 
 
@@ -132,7 +133,7 @@ class _Heads(torch.autograd.Function):
         return q, k, qkv.view(B, T, 3, heads, 2 * half)[:, :, 2]
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         qkv, weights, cos, sin = ctx.saved_tensors
         heads = ctx.heads
         B, T, width = qkv.shape
@@ -182,7 +183,7 @@ class _AddNorm(torch.autograd.Function):
         return out, normed
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
         out, branch, gamma, kept, weight, mean, scale = ctx.saved_tensors
         B, T, D = out.shape
         programs = min(ROW_PROGRAMS, B * T)
@@ -231,7 +232,7 @@ class _Activation(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (h,) = ctx.saved_tensors
         B, T, hidden = dy.shape
         columns = -(-hidden // 128)
@@ -260,7 +261,7 @@ class _Add(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         branch, gamma, kept = ctx.saved_tensors
         B, T, D = branch.shape
         columns = -(-D // 256)
