@@ -7,7 +7,7 @@ results have the dtype of what they are stored to.
 Imported only where Triton is used; :mod:`nepa_dist.fused` holds the functions around these kernels, with their gradients.
 
 Legend: n tokens of all images, T tokens of one, D width, H hidden width of the MLP, K head width. R and C: rows and columns
-that a program holds at a time; a program that adds up goes through the tokens in strides and writes its sum to a row of its own.
+that a program holds at a time. A program that adds up goes through the tokens in strides and writes to a row of its own.
 """
 
 from __future__ import annotations
