@@ -1,7 +1,8 @@
 """Attention, fp8, kernels, checkpointing and compilation, applied to the blocks of a backbone in one order for every engine.
 
 The order is attention, fp8, kernels, checkpoint, compile, shard. A block keeps its class and its parameters keep their names:
-only the function behind ``block(...)`` is replaced, so the hooks of an engine stay outside of what is compiled or computed again.
+only the function behind ``block(...)`` is replaced, so the hooks of an engine stay outside of what is compiled or computed
+again.
 """
 
 from __future__ import annotations
