@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-slurm | lint | dashboards | clean. Each first makes .venv if need be (`make setup`), which asks for Python >= 3.11 and nothing else.
+# make demo | test | test-slow | test-slurm | test-gpu | lint | dashboards | clean. Each first makes .venv if need be (`make setup`), which asks for Python >= 3.11 and nothing else.
 #
 # PYTHON=python3.12   the interpreter that .venv is made with
 # ARGS="-k order"     more arguments for pytest
@@ -19,7 +19,7 @@ STAMP := $(VENV)/.setup-$(shell { pwd; echo $(FFCV); cat pyproject.toml constrai
 PIP_INSTALL := $(RUN) -m pip install --quiet --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-slow test-slurm lint dashboards clean
+.PHONY: setup demo test test-slow test-slurm test-gpu lint dashboards clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -54,6 +54,10 @@ test-slow: setup
 # On a SLURM that the tests start and stop themselves; skipped, with the reason, where it is not installed.
 test-slurm: setup
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m slurm $(ARGS)
+
+# On one GPU; skipped where there is none.
+test-gpu: setup
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 4 tests/test_gpu.py $(ARGS)
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -34,6 +34,10 @@ _KIND_OF_NAME = (
 )
 _MATRICES = ((2048, 768, 3072), (2048, 3072, 768), (768, 2048, 3072))
 """Rows, inner and columns of the products whose rate is the peak of a CPU: those of an MLP of ViT-B, both ways."""
+_NUM_KERNELS = 40
+"""How many kernels of a step are named."""
+_NAME_LENGTH = 120
+"""Characters of their names: templates make them longer than anybody reads."""
 _GPU_MATRICES = ((16384, 4096, 4096), (8192, 8192, 8192))
 
 
@@ -145,11 +149,25 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern in _KIND_OF_NAME if re.search(pattern, low)), "elementwise")
 
 
-def breakdown(step: Callable[[], Tensor], device: torch.device) -> dict[str, float]:
-    """Seconds of one step by kind of kernel.
+class Breakdown(NamedTuple):
+    """Where the time of one step went."""
+
+    seconds: dict[str, float]
+    """By kind of kernel."""
+    kernels: list[dict[str, Any]]
+    """Those that took the most time, longest first: name, kind, calls, milliseconds of all calls."""
+
+
+def breakdown(step: Callable[[], Tensor], device: torch.device, trace: Path | None = None) -> Breakdown:
+    """Profile one step.
 
     On a GPU its kernels are counted, and idle is what no kernel covers. On a CPU the time that each operation takes itself; the
     kernels of a compiled block count as elementwise, for its matrix products are operations of their own.
+
+    Args:
+        step: one update.
+        device: where it runs.
+        trace: file for the Chrome trace of the step; one that ends in .gz is compressed.
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -159,14 +177,20 @@ def breakdown(step: Callable[[], Tensor], device: torch.device) -> dict[str, flo
         step()
         synchronize(device)
         wall = time.perf_counter() - start
+    if trace is not None:
+        profiler.export_chrome_trace(str(trace))
     seconds = dict.fromkeys(KINDS, 0.0)
+    kernels = []
     for event in profiler.key_averages():
         # A range that was named, such as an optimizer's step, spans kernels that count by themselves.
         if (event.device_type == DeviceType.CUDA) == cuda and not (cuda and event.is_user_annotation):
             spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-            seconds[kind_of(event.key)] += spent / 1e6
+            kind = kind_of(event.key)
+            seconds[kind] += spent / 1e6
+            kernels.append({"name": event.key[:_NAME_LENGTH], "kind": kind, "calls": event.count, "milliseconds": spent / 1e3})
     seconds["idle"] = max(0.0, wall - sum(seconds.values()))
-    return seconds
+    kernels.sort(key=lambda kernel: kernel["milliseconds"], reverse=True)
+    return Breakdown(seconds, kernels[:_NUM_KERNELS])
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

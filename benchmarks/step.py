@@ -162,13 +162,16 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         config = configs[arm.name]
         rate = {key: arm.images / value for key, value in spread(found.seconds[arm.name]).items()}
         peak, source = find_peak(world.device, config.engine.precision, found.matmul_rates)
+        trace = args.trace / f"{arm.name.replace(' ', '_')}.json.gz" if args.trace and world.is_main else None
+        profiled = breakdown(arm.step, world.device, trace)
         rows[arm.name] = {
             "images_per_second": {"median": rate["median"], "low": rate["high"], "high": rate["low"]},
             "mfu": utilisation(config, rate["median"], peak),
             "peak_tflops": peak / 1e12,
             "peak_from": source,
             "peak_bytes": found.peak_bytes[arm.name],
-            "seconds_by_kind": breakdown(arm.step, world.device),
+            "seconds_by_kind": profiled.seconds,
+            "kernels": profiled.kernels,
         }
     first = arms[0].name
     return {
@@ -257,11 +260,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=count, default=1, help="per round and arm")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each arm before the first round")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the report goes")
+    parser.add_argument("--trace", type=Path, metavar="DIR", help="Chrome traces of one step of each arm, by rank 0")
     args = parser.parse_args(argv)
     if "natural" in args.images and args.data is None:
         parser.error("--images natural needs --data FOLDER")
     if "fa3" in args.attention and len(set(args.attention)) > 1:
         parser.error("fa3 is torch's flash kernel for the whole process: measure it by itself")
+    if args.trace:
+        args.trace.mkdir(parents=True, exist_ok=True)
     if args.threads:
         torch.set_num_threads(args.threads)
     try:

@@ -1,5 +1,6 @@
 """The benchmarks of the step: short runs end in reports, and what they compare with is the same model."""
 
+import gzip
 import json
 
 import pytest
@@ -42,6 +43,26 @@ def test_a_run_of_the_step_writes_a_report(small_model, tmp_path):
     assert report["machine"]["commit"]
     assert text == step.to_markdown(report)
     assert "ddp fp32 eager sdpa auto conv batch 2 random" in text
+
+
+def test_a_step_is_profiled_once_for_the_kernels_and_the_trace(small_model, tmp_path):
+    words = ["--model", "vit_b", "--compile", "off", "--precision", "fp32", "bf16_autocast", *SHORT, "--rounds", "1"]
+    assert step.main([*words, "--out", str(tmp_path), "--trace", str(tmp_path / "traces")]) == 0
+    report, _ = read(tmp_path, "step_vit_b_*core_20*")
+    names = [name.replace(" ", "_") + ".json.gz" for name in report["arms"]]
+    assert sorted(path.name for path in (tmp_path / "traces").iterdir()) == sorted(names)
+    for row, name in zip(report["arms"].values(), names, strict=True):
+        kernels = row["kernels"]
+        times = [kernel["milliseconds"] for kernel in kernels]
+        assert times == sorted(times, reverse=True)
+        assert 20 < len(kernels) <= 40
+        assert all(0 < len(kernel["name"]) <= 120 and kernel["calls"] >= 1 for kernel in kernels)
+        assert {kernel["kind"] for kernel in kernels} <= set(KINDS) - {"idle"}
+        of_products = sum(kernel["milliseconds"] for kernel in kernels if kernel["kind"] == "matmul") / 1000
+        assert 0 < of_products <= 1.0001 * row["seconds_by_kind"]["matmul"]
+        with gzip.open(tmp_path / "traces" / name, "rt") as file:
+            events = {event["name"] for event in json.load(file)["traceEvents"]}
+        assert kernels[0]["name"] in events
 
 
 def test_convolutions_in_fp32_use_no_tf32(monkeypatch):

@@ -55,7 +55,8 @@ def make(name, ranks, make_task=PretrainTask, **engine):
     )
     plan = make_plan(config, 100)
     task = make_task(config.model, config.objective, seed=3)
-    return task, build_engine(task, config, plan, torch.device("cpu")), plan
+    device = torch.device("cuda" if config.engine.device == "cuda" else "cpu")
+    return task, build_engine(task, config, plan, device), plan
 
 
 def update(task, engine, plan, step, rank, ranks, poison=False, lr=lambda layer: 1e-3, scale=1.0):
@@ -64,6 +65,7 @@ def update(task, engine, plan, step, rank, ranks, poison=False, lr=lambda layer:
     for group in engine.param_groups:
         group["lr"] = lr(group["layer"])
     images = torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(step)).chunk(ranks)[rank]
+    images = images.to(task.backbone.cls_token.device)
     losses = []
     for micro, part in enumerate(images.chunk(plan.grad_accum_steps)):
         loss, _ = engine.model({"images": part * math.nan if poison else part})

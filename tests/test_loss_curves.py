@@ -16,7 +16,8 @@ TOLERANCE = {"fp32": 1e-5, "bf16_autocast": 1e-3}
 """Largest difference of the loss at any of the steps."""
 
 
-def curve(precision, **engine):
+def curve(precision, device="cpu", **engine):
+    """The loss of each step, trained with these settings of the engine."""
     config = Config.model_validate(
         {
             "model": MODEL,
@@ -28,11 +29,12 @@ def curve(precision, **engine):
         }
     )
     task = build_task(config).train()
-    engine_ = build_engine(task, config, make_plan(config, 100), torch.device("cpu"))
+    engine_ = build_engine(task, config, make_plan(config, 100), torch.device(device))
     generator = torch.Generator().manual_seed(0)
     # Smooth pictures, of which something can be learned.
     coarse = torch.randn(4, 8, 3, 8, 8, generator=generator)
     batches = [torch.nn.functional.interpolate(images, size=64, mode="bilinear") for images in coarse]
+    batches = [images.to(device) for images in batches]
     losses = []
     for step, images in zip(range(STEPS), itertools.cycle(batches), strict=False):
         task.begin_step(step, observe=False)

@@ -1,6 +1,7 @@
 """A step reads nothing from the device: every call that would wait for it is counted, by where it is made."""
 
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -61,15 +62,14 @@ class Kernels(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def run_counted(monkeypatch, tmp_path, images, **settings):
-    found, steps = [], []
-    original = train.update
+def run_steps(monkeypatch, tmp_path, images, around, steps=3, **settings):
+    """A short run, each of whose updates is made within ``around(step)``."""
+    done, original = [], train.update
 
     def update(*args):
-        with Reads() as reads, Kernels(found):
+        with around(len(done) + 1):
             report = original(*args)
-        found.extend(reads.found)
-        steps.append(report.step)
+        done.append(report.step)
         return report
 
     monkeypatch.setattr(train, "update", update)
@@ -78,14 +78,26 @@ def run_counted(monkeypatch, tmp_path, images, **settings):
         "run_root": str(tmp_path),
         "global_batch_size": 4,
         "micro_batch_size": 2,
-        "steps": 3,
+        "steps": steps,
         "data": {"source": str(images), "num_workers": 1},
         "optim": {"warmup_steps": 0},
         "metrics": {"every": 1, "collapse_every": 10**6, "prometheus": False},
         **settings,
     }
     assert train.main(Config.model_validate(values)) == 0
-    assert steps == [1, 2, 3]
+    assert done == list(range(1, steps + 1))
+
+
+def run_counted(monkeypatch, tmp_path, images, **settings):
+    found = []
+
+    @contextmanager
+    def counted(step):
+        with Reads() as reads, Kernels(found):
+            yield
+        found.extend(reads.found)
+
+    run_steps(monkeypatch, tmp_path, images, counted, **settings)
     return {place for place in found if place[:2] not in ON_THE_HOST}
 
 

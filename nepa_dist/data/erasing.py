@@ -97,14 +97,20 @@ def erase(images: Tensor, erasings: Sequence[tuple[int, int, int, int, int]] | N
     num_pixels = table[rows, 2] * table[rows, 3]
     total = int(num_pixels.sum())
     starts = np.cumsum(num_pixels) - num_pixels
-    columns = torch.from_numpy(np.stack([rows, starts, *table[rows].T])).to(images.device)
-    which = torch.repeat_interleave(torch.from_numpy(num_pixels).to(images.device), output_size=total)
+    columns = _moved(np.stack([rows, starts, *table[rows].T]), images.device)
+    which = torch.repeat_interleave(_moved(num_pixels, images.device), output_size=total)
     sample, start, x, y, w, _, key = columns[:, which].unbind()
     within = torch.arange(total, device=images.device) - start
     channels = torch.arange(images.shape[1], device=images.device)
     noise = _normal_noise(key[:, None], within[:, None] * images.shape[1] + channels)
     images[sample, :, y + within // w, x + within % w] = noise.to(images.dtype)
     return images
+
+
+def _moved(array: NDArray[np.int64], device: torch.device) -> Tensor:
+    """On the device. From page-locked memory the copy runs by itself; from any other the host would wait for it."""
+    tensor = torch.from_numpy(array)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _normal_noise(keys: Tensor, places: Tensor) -> Tensor:
