@@ -19,6 +19,7 @@ from nepa_dist.tasks.build import build_task
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODEL = {"preset": "vit_tiny", "image_size": 64, "patch_size": 16, "depth": 2, "layer_scale_init": 0.5, "qkv_bias": True}
 PLAIN = {"gated_mlp": False, "activation": "gelu", "qk_norm_affine": True}
+only_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="too large for a CPU")
 needs_triton = pytest.mark.skipif(fused._load() is not None, reason="needs Triton")
 
 
@@ -52,7 +53,8 @@ def errors(one, other):
 
 def run_both(dtype, images=3, **model):
     config, block = make_block(**model)
-    rotary = rotary_table(config, (4, 4), DEVICE)
+    side = config.image_size // config.patch_size
+    rotary = rotary_table(config, (side, side), DEVICE)
     plain = results(block, block.forward, images, rotary, dtype)
     ours = results(block, types.MethodType(fused.block_forward, block), images, rotary, dtype)
     exact = results(block, block.forward, images, rotary, "fp32")
@@ -72,7 +74,16 @@ def test_it_is_the_same_function_in_fp32(model):
 
 
 @needs_triton
-@pytest.mark.parametrize("model", [{}, PLAIN], ids=["gated", "plain and affine"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        PLAIN,
+        pytest.param({"preset": "vit_l", "image_size": 224, "patch_size": 14}, marks=only_gpu),
+        pytest.param({"preset": "vit_l_gelu", "image_size": 224, "patch_size": 14}, marks=only_gpu),
+    ],
+    ids=["gated", "plain and affine", "vit_l", "vit_l_gelu"],
+)
 def test_in_bf16_it_is_as_exact_as_the_block(model):
     plain, ours, exact = run_both("bf16", **model)
     of_plain, of_ours = errors(exact, plain), errors(exact, ours)

@@ -59,7 +59,7 @@ def fresh():
 
 @functools.cache
 def plain_curve(precision):
-    return curve(precision, DEVICE, attention="sdpa")
+    return curve(precision, DEVICE, attention="sdpa", kernels="torch")
 
 
 def assert_same_curve(before, after, tolerance):
@@ -79,9 +79,10 @@ def test_twenty_steps_are_the_official_ones(name):
     assert_twenty_steps(name, DEVICE)
 
 
-@pytest.mark.parametrize("precision", TOLERANCE)
-def test_it_learns_what_a_cpu_learns(precision):
-    assert_same_curve(curve(precision, "cpu", attention="sdpa"), plain_curve(precision), TOLERANCE[precision])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-4), ("bf16_autocast", 1e-2)])
+def test_it_learns_what_a_cpu_learns(precision, tolerance):
+    # Autocast leaves other operations in fp32 on a GPU than on a CPU.
+    assert_same_curve(curve(precision, "cpu", attention="sdpa"), plain_curve(precision), tolerance)
 
 
 def attended(attend, inputs, gradient, causal):
@@ -109,6 +110,9 @@ def test_attention_in_bf16_is_close_to_dense_in_fp32(name, tokens, causal):
 @pytest.mark.parametrize(
     ("precision", "faster"),
     [
+        *((precision, {"kernels": "triton"}) for precision in TOLERANCE),
+        *((precision, {"kernels": "torch", "compile": True}) for precision in TOLERANCE),
+        ("bf16_params", {"compile": True}),
         ("fp32", {"compile": True}),
         ("fp32", {"compile": True, "activation_checkpointing": "selective"}),
         ("fp32", {"activation_checkpointing": "selective"}),
@@ -129,10 +133,10 @@ def test_attention_in_bf16_is_close_to_dense_in_fp32(name, tokens, causal):
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 def test_what_is_faster_keeps_the_loss_curve(precision, faster):
-    if not ON_GPU and faster.get("attention", "sdpa") != "sdpa":
+    if not ON_GPU and (faster.get("attention", "sdpa") != "sdpa" or faster.get("kernels") == "triton"):
         pytest.skip("a CPU does not have it")
     after = curve(precision, DEVICE, **{"attention": "sdpa", **faster})
-    assert_same_curve(plain_curve(precision), after, TOLERANCE[precision])
+    assert_same_curve(plain_curve(precision), after, TOLERANCE.get(precision, 5e-3))
 
 
 @pytest.mark.parametrize("faster", [{}, {"compile": True}], ids=["eager", "compiled"])
@@ -157,7 +161,7 @@ def engine_against_plain(name):
     for precision in PRECISIONS:
         options = {"precision": precision, "device": DEVICE}
         plain, other = (train_engine(engine, options, 6, None, 0) for engine in ("ddp", name))
-        tolerance = {"atol": 3e-6, "rtol": 1e-3} if precision == "fp32" else {"atol": 5e-3, "rtol": 0.1}
+        tolerance = {"atol": 2e-5, "rtol": 1e-3} if precision == "fp32" else {"atol": 5e-3, "rtol": 0.1}
         assert_equal(other[1][-1], plain[1][-1], check_device=False, **tolerance)
         results[precision] = plain[0], other[0]
     leave_world()
@@ -171,7 +175,7 @@ def test_every_engine_equals_plain(name):
     (results,) = run_ranks(engine_against_plain, 1, name, init=False, timeout=200)
     for precision, (plain, other) in results.items():
         assert [row[2] for row in plain] == [row[2] for row in other] == [1, 1, 0, 1, 1, 1]
-        of_loss, of_norm = (1e-6, 1e-5) if precision == "fp32" else (2e-3, 2e-2)
+        of_loss, of_norm = (5e-6, 1e-4) if precision == "fp32" else (2e-3, 2e-2)
         for (loss, norm, applied), (other_loss, other_norm, _) in zip(plain, other, strict=True):
             if applied:
                 assert other_loss == pytest.approx(loss, abs=of_loss), precision
@@ -304,14 +308,15 @@ def test_the_optimizer_does_what_it_does_on_a_cpu():
             torch.testing.assert_close(theirs[field].cpu(), tensor, atol=1e-6, rtol=1e-6, msg=lambda m, f=field: f"{f}: {m}")
 
 
-LONG = ("steps=240", "checkpoint.every=20", f"engine.device={DEVICE}")
+COMMAND = ("metrics.prometheus=false", f"engine.device={DEVICE}")
+LONG = ("steps=240", "checkpoint.every=20", *COMMAND)
 
 
 def kill_in_the_middle(run_dir, images, settings):  # noqa: F811
     process = start(run_dir, images, *LONG, *settings)
     wait_for_steps(run_dir, 50, process)
     process.kill()
-    process.wait()
+    process.communicate(timeout=60)  # until its rank has ended too, which holds the other end
     assert newest_step(run_dir / "metrics.jsonl") < 240, "the run was over before it was killed"
     shutil.rmtree(sorted((run_dir / "checkpoints").glob("step-*"))[-1])  # so that steps are done again
     result = run(run_dir, images, *LONG, *settings)
@@ -341,8 +346,8 @@ def test_a_killed_run_that_is_compiled_continues(images, tmp_path, precision):  
 
 
 def test_compiled_fine_tuning_with_dropped_paths_validates_the_last_partial_batch_too(tmp_path):
-    settings = ("engine.compile=true", f"engine.device={DEVICE}", "steps=4", "data.augment.erase_probability=1.0")
-    result = run_task("finetune", tmp_path / "run", *settings)
+    settings = ("engine.compile=true", "steps=4", "data.augment.erase_probability=1.0")
+    result = run_task("finetune", tmp_path / "run", *COMMAND, *settings)
     assert result.returncode == 0, result.stderr
     rows = scores_of(tmp_path / "run")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
