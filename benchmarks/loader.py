@@ -188,6 +188,13 @@ def ratios(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, flo
     return found
 
 
+def _git(*words: str) -> str:
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git on this machine
+        return ""
+
+
 def machine() -> dict[str, Any]:
     """What the numbers depend on beside the code."""
     try:
@@ -202,9 +209,6 @@ def machine() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "processor": model,
         "cores": len(os.sched_getaffinity(0)),
@@ -213,7 +217,7 @@ def machine() -> dict[str, Any]:
         "load_at_start": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": (commit or "unknown") + (" with changes" if changed else ""),
+        "commit": (_git("rev-parse", "HEAD") or "unknown") + (" with changes" if _git("status", "--porcelain") else ""),
     }
 
 

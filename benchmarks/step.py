@@ -135,17 +135,18 @@ def find_peak(device: torch.device, precision: str, rates: Sequence[float]) -> t
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Measure all arms; on every rank."""
-    options = [args.batch, args.precision, args.compile, args.engine, args.attention, args.patch_embed, args.images]
+    options = [args.batch, args.precision, args.compile, args.engine, args.attention, args.kernels, args.patch_embed]
+    options.append(args.images)
     combinations = list(itertools.product(*options))
     sharded = next((name for name in args.engine if name != "ddp"), "ddp")
     world = join({"name": sharded, "device": args.device})
     about = place(world.device)
     arms, configs = [], {}
-    for batch, precision, compiled, engine, attention, patches, kind in combinations:
+    for batch, precision, compiled, engine, attention, kernels, patches, kind in combinations:
         how = "compiled" if _SWITCH[compiled] else "eager"
-        name = f"{engine} {precision} {how} {attention} {patches} batch {batch} {kind}"
+        name = f"{engine} {precision} {how} {attention} {kernels} {patches} batch {batch} {kind}"
         settings = {"name": engine, "precision": precision, "compile": _SWITCH[compiled], "attention": attention}
-        settings["patch_embed"] = patches
+        settings |= {"kernels": kernels, "patch_embed": patches}
         config = make_config(args.model, batch, world.world_size, device=args.device, **settings)
         size = config.model.image_size
         if kind == "random":
@@ -247,8 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", nargs="+", default=["bf16_autocast"], choices=["fp32", "bf16_autocast", "bf16_params"])
     parser.add_argument("--compile", nargs="+", default=["on"], choices=list(_SWITCH))
     parser.add_argument("--engine", nargs="+", default=["ddp"], choices=["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"])
-    kernels = get_args(EngineConfig.model_fields["attention"].annotation)
-    parser.add_argument("--attention", nargs="+", default=["auto"], choices=kernels, help="values of engine.attention")
+    attention = get_args(EngineConfig.model_fields["attention"].annotation)
+    parser.add_argument("--attention", nargs="+", default=["auto"], choices=attention, help="values of engine.attention")
+    parser.add_argument("--kernels", nargs="+", default=["auto"], choices=["auto", "torch", "triton"])
     parser.add_argument("--patch-embed", nargs="+", default=["conv"], choices=["conv", "matmul"])
     parser.add_argument("--images", nargs="+", default=["random"], choices=["random", "natural"])
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="images for natural, at any depth")

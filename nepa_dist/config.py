@@ -109,6 +109,10 @@ class EngineConfig(Section):
     attention: Literal["auto", "sdpa", "dense", "flash", "efficient", "cudnn", "fa3"] = "auto"
     """Implementation of attention. auto: on a GPU sdpa, on a CPU dense up to 512 tokens. sdpa: torch's own choice. dense: the
     scores are stored. flash, efficient, cudnn: that kernel of torch, or an error. fa3: FlashAttention-3, if it is installed."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What runs between the matrix products of a block. triton: one kernel of this project each way, or an error. torch: its
+    operations, as compile fuses them. auto: triton on a GPU, where the model has LayerScale, QK-norm and RoPE and the engine is
+    not zero3, else torch."""
     patch_embed: Literal["conv", "matmul"] = "conv"
     """How patches are embedded: as a convolution, or as a matrix product over inputs padded to a multiple of 64."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -16,6 +16,10 @@ import torch
 from images import image_folder
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before Triton is imported: its kernels run on a CPU, for tests/test_fused.py
 
 
 @pytest.fixture

@@ -1,13 +1,15 @@
-"""Attention, fp8, activation checkpointing and compilation, applied to the blocks of a backbone in one order for every engine.
+"""Attention, fp8, kernels, checkpointing and compilation, applied to the blocks of a backbone in one order for every engine.
 
-The order is attention, fp8, checkpoint, compile, shard. A block keeps its class and its parameters keep their names: only the
-function behind ``block(...)`` is replaced, so the hooks of an engine stay outside of what is compiled or computed again.
+The order is attention, fp8, kernels, checkpoint, compile, shard. A block keeps its class and its parameters keep their names:
+only the function behind ``block(...)`` is replaced, so the hooks of an engine stay outside of what is compiled or computed
+again.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from nepa_dist.attention import choose_attention
 from nepa_dist.config import ConfigError, EngineConfig
 from nepa_dist.fp8 import convert
+from nepa_dist.fused import block_forward, wanted
 from nepa_dist.linear import Linear, prefers_onednn
 
 if TYPE_CHECKING:
@@ -54,16 +57,17 @@ def prepare(task: Task, config: EngineConfig, device: torch.device) -> None:
 
     Args:
         task: the module to train.
-        config: ``attention``, ``fp8``, ``patch_embed``, ``activation_checkpointing`` and ``compile``.
+        config: ``attention``, ``fp8``, ``kernels``, ``patch_embed``, ``activation_checkpointing`` and ``compile``.
         device: where it will run.
 
     Raises:
-        ConfigError: the device does not have this attention, or no fp8.
+        ConfigError: the device does not have this attention, no fp8, or cannot run the kernels.
     """
     try:
         attend = choose_attention(config.attention, device)
         if config.fp8 != "off":
             convert(cast(Any, task.backbone.blocks), config.fp8, device)
+        fused = wanted(config.kernels, task.backbone.config, config.name, device)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     task.backbone.patch_embed.as_matmul = config.patch_embed == "matmul"
@@ -73,7 +77,8 @@ def prepare(task: Task, config: EngineConfig, device: torch.device) -> None:
             part.onednn = onednn
     for block in cast(Any, task.backbone.blocks):
         block.attn.attend = attend
-        forward: Callable[..., Any] = block.forward
+        # Bound as a method is, so that all blocks share what is compiled.
+        forward: Callable[..., Any] = types.MethodType(block_forward, block) if fused else block.forward
         if config.activation_checkpointing != "none":
             # A compiled block gets its parameters as inputs, which are kept like others.
             copied = config.name == "ddp" and config.precision == "bf16_params" and not config.compile
@@ -82,7 +87,7 @@ def prepare(task: Task, config: EngineConfig, device: torch.device) -> None:
         if config.compile:
             # A part that cannot be compiled is an error: run in between, it would cost more than compiling saves.
             forward = torch.compile(forward, fullgraph=True)
-        if forward is not block.forward:
+        if forward != block.forward:
             block.forward = forward
     if config.compile:
         task.compile_loss()
