@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nepa_dist.linear import Linear
+from nepa_dist.model import Block
 
 if TYPE_CHECKING:
     from nepa_dist.config import ModelConfig
-    from nepa_dist.model import Block, Rotary
+    from nepa_dist.model import Rotary
 
 kernels: Any = None
 """The module of the Triton kernels, once it is imported."""
@@ -70,7 +71,12 @@ def _load() -> str | None:
 
 
 def block_forward(block: Block, x: Tensor, rotary: Rotary, causal: bool) -> Tensor:
-    """See :meth:`nepa_dist.model.Block.forward`; to be bound to a block in its place."""
+    """See :meth:`nepa_dist.model.Block.forward`; to be bound to a block in its place.
+
+    Without gradients it is that: who looks into a model hooks the parts of its blocks.
+    """
+    if not torch.is_grad_enabled():
+        return Block.forward(block, x, rotary, causal)
     B, T, D = x.shape
     attn, mlp = block.attn, block.mlp
     parts: Any = block
@@ -126,8 +132,8 @@ class _Heads(torch.autograd.Function):
         q, k = (torch.empty(B, T, heads, 2 * half, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
         scales = qkv if weights is None else weights
         grid = (heads, -(-B * T // 32))
-        sizes = {"HEADS": heads, "HALF": half, "AFFINE": weights is not None, "R": 32, "C": _power(half)}
-        kernels.heads_forward[grid](qkv, cos, sin, scales, q, k, B * T, eps, T, **sizes, num_warps=4)
+        sizes = {"EPS": eps, "HEADS": heads, "HALF": half, "AFFINE": weights is not None, "R": 32, "C": _power(half)}
+        kernels.heads_forward[grid](qkv, cos, sin, scales, q, k, B * T, T, **sizes, num_warps=4)
         ctx.save_for_backward(qkv, weights, cos, sin)
         ctx.heads, ctx.eps, ctx.bias_dtype = heads, eps, None if bias is None else bias.dtype
         return q, k, qkv.view(B, T, 3, heads, 2 * half)[:, :, 2]
@@ -144,9 +150,9 @@ class _Heads(torch.autograd.Function):
         sums = torch.empty(programs, width, dtype=torch.float32, device=qkv.device)
         of_weights = torch.empty(programs * heads, 4 * half, dtype=torch.float32, device=qkv.device)
         scales = qkv if weights is None else weights
-        sizes = {"HEADS": heads, "HALF": half, "AFFINE": weights is not None, "R": 32, "C": _power(half)}
+        sizes = {"EPS": ctx.eps, "HEADS": heads, "HALF": half, "AFFINE": weights is not None, "R": 32, "C": _power(half)}
         kernels.heads_backward[(heads, programs)](
-            dq, dk, dv, qkv, cos, sin, scales, dqkv, sums, of_weights, B * T, ctx.eps, T, **sizes, num_warps=8
+            dq, dk, dv, qkv, cos, sin, scales, dqkv, sums, of_weights, B * T, T, **sizes, num_warps=4
         )
         dweights = None if weights is None else of_weights.sum(0).view(2, 2 * half).to(weights.dtype)
         return dqkv, _of_bias(sums.sum(0), ctx.bias_dtype), dweights, None, None, None, None
@@ -172,11 +178,10 @@ class _AddNorm(torch.autograd.Function):
         out = torch.empty(B, T, D, dtype=torch.promote_types(x.dtype, gamma.dtype), device=x.device)
         normed = torch.empty_like(branch)
         mean, scale = (torch.empty(B, T, dtype=torch.float32, device=x.device) for _ in range(2))
-        rows = 2
-        sizes = {"D": D, "KEPT": kept is not None, "R": rows, "C": _power(D)}
+        sizes = {"EPS": eps, "D": D, "KEPT": kept is not None, "R": 1, "C": _power(D)}
         factors = gamma if kept is None else kept
-        kernels.add_norm_forward[(-(-B * T // rows),)](
-            x, branch, gamma, factors, weight, shift, out, normed, mean, scale, B * T, eps, T, **sizes, num_warps=4
+        kernels.add_norm_forward[(B * T,)](
+            x, branch, gamma, factors, weight, shift, out, normed, mean, scale, B * T, T, **sizes, num_warps=4
         )
         ctx.save_for_backward(out, branch, gamma, kept, weight, mean, scale)
         ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
@@ -208,7 +213,7 @@ class _AddNorm(torch.autograd.Function):
             B * T,
             T,
             **sizes,
-            num_warps=4,
+            num_warps=8,
         )
         of_weight, of_shift, of_gamma, of_branch = sums.sum(0)
         of_bias = _of_bias(of_branch, ctx.bias_dtype)
@@ -236,10 +241,10 @@ class _Activation(torch.autograd.Function):
         (h,) = ctx.saved_tensors
         B, T, hidden = dy.shape
         columns = -(-hidden // 128)
-        programs = max(1, min(PROGRAMS // columns, -(-B * T // 32)))
+        programs = max(1, min(PROGRAMS // columns, -(-B * T // 16)))
         dh = torch.empty_like(h)
         sums = torch.empty(programs, h.shape[2], dtype=torch.float32, device=h.device)
-        sizes = {"H": hidden, "GATED": ctx.gated, "GELU": ctx.gelu, "R": 32, "C": 128}
+        sizes = {"H": hidden, "GATED": ctx.gated, "GELU": ctx.gelu, "R": 16, "C": 128}
         kernels.activation_backward[(columns, programs)](dy.contiguous(), h, dh, sums, B * T, **sizes, num_warps=8)
         return dh, _of_bias(sums.sum(0), ctx.bias_dtype), None, None
 
@@ -252,9 +257,9 @@ class _Add(torch.autograd.Function):
         B, T, D = x.shape
         x, branch = x.contiguous(), branch.contiguous()
         out = torch.empty(B, T, D, dtype=torch.promote_types(x.dtype, gamma.dtype), device=x.device)
-        sizes = {"D": D, "KEPT": kept is not None, "R": 16, "C": 256}
+        sizes = {"D": D, "KEPT": kept is not None, "R": 8, "C": 512}
         factors = gamma if kept is None else kept
-        grid = (-(-D // 256), -(-B * T // 16))
+        grid = (-(-D // 512), -(-B * T // 8))
         kernels.add_forward[grid](x, branch, gamma, factors, out, B * T, T, **sizes, num_warps=8)
         ctx.save_for_backward(branch, gamma, kept)
         ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
@@ -264,14 +269,14 @@ class _Add(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         branch, gamma, kept = ctx.saved_tensors
         B, T, D = branch.shape
-        columns = -(-D // 256)
-        programs = max(1, min(PROGRAMS // columns, -(-B * T // 16)))
+        columns = -(-D // 128)
+        programs = max(1, min(2 * PROGRAMS // columns, -(-B * T // 16)))
         dbranch = torch.empty_like(branch)
         sums = torch.empty(programs, 2, D, dtype=torch.float32, device=branch.device)
-        sizes = {"D": D, "KEPT": kept is not None, "R": 16, "C": 256}
+        sizes = {"D": D, "KEPT": kept is not None, "R": 16, "C": 128}
         factors = gamma if kept is None else kept
         kernels.add_backward[(columns, programs)](
-            dout.contiguous(), branch, gamma, factors, dbranch, sums, B * T, T, **sizes, num_warps=8
+            dout.contiguous(), branch, gamma, factors, dbranch, sums, B * T, T, **sizes, num_warps=4
         )
         of_gamma, of_branch = sums.sum(0)
         return dout.to(ctx.dtype), dbranch, _of_bias(of_branch, ctx.bias_dtype), of_gamma.to(gamma.dtype), None

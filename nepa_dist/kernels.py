@@ -90,12 +90,12 @@ def _halves(at, inside, HALF: tl.constexpr):
 
 
 @triton.jit
-def _normed(a, b, inside, eps, HALF: tl.constexpr):
+def _normed(a, b, inside, EPS: tl.constexpr, HALF: tl.constexpr):
     """Both halves of a head without mean and with variance 1, and the factor that made it so."""
     mean = (tl.sum(a, 1) + tl.sum(b, 1))[:, None] / (2 * HALF)
     a = tl.where(inside, a - mean, 0.0)
     b = tl.where(inside, b - mean, 0.0)
-    scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1))[:, None] / (2 * HALF) + eps)
+    scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1))[:, None] / (2 * HALF) + EPS)
     return a * scale, b * scale, scale
 
 
@@ -116,8 +116,8 @@ def heads_forward(
     q,
     k,
     n,
-    eps,
     T,
+    EPS: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     AFFINE: tl.constexpr,
@@ -138,7 +138,7 @@ def heads_forward(
     at = rows.to(tl.int64) * (HEADS * 2 * HALF)
     for part in tl.static_range(2):
         a, b = _halves(qkv + 3 * at + part * HEADS * 2 * HALF + head, inside, HALF)
-        a, b, _ = _normed(a, b, inside, eps, HALF)
+        a, b, _ = _normed(a, b, inside, EPS, HALF)
         wa, wb = _weights(weights + part * 2 * HALF + columns, columns < HALF, HALF, AFFINE)
         a *= wa
         b *= wb
@@ -148,10 +148,10 @@ def heads_forward(
 
 
 @triton.jit
-def _turned_back(of, raw, c, s, wa, wb, inside, eps, HALF: tl.constexpr):
+def _turned_back(of, raw, c, s, wa, wb, inside, EPS: tl.constexpr, HALF: tl.constexpr):
     """From the gradient of a rotated head to that of the raw one, and the summands of that of its weights."""
     a, b = _halves(raw, inside, HALF)
-    a, b, scale = _normed(a, b, inside, eps, HALF)
+    a, b, scale = _normed(a, b, inside, EPS, HALF)
     ga, gb = _halves(of, inside, HALF)
     ga, gb = ga * c + gb * s, gb * c - ga * s
     dwa, dwb = ga * a, gb * b
@@ -183,8 +183,8 @@ def heads_backward(
     sums,
     dweights,
     n,
-    eps,
     T,
+    EPS: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     AFFINE: tl.constexpr,
@@ -213,11 +213,11 @@ def heads_backward(
         s = tl.load(sin + table, inside, other=0.0)
         of = rows.to(tl.int64) * width + head
         at = rows.to(tl.int64) * (3 * width) + head
-        a, b, dwa, dwb = _turned_back(dq + of, qkv + at, c, s, wqa, wqb, inside, eps, HALF)
+        a, b, dwa, dwb = _turned_back(dq + of, qkv + at, c, s, wqa, wqb, inside, EPS, HALF)
         tl.store(dqkv + at, a, inside)
         tl.store(dqkv + at + HALF, b, inside)
         qa, qb, dwqa, dwqb = qa + a, qb + b, dwqa + dwa, dwqb + dwb
-        a, b, dwa, dwb = _turned_back(dk + of, qkv + at + width, c, s, wka, wkb, inside, eps, HALF)
+        a, b, dwa, dwb = _turned_back(dk + of, qkv + at + width, c, s, wka, wkb, inside, EPS, HALF)
         tl.store(dqkv + at + width, a, inside)
         tl.store(dqkv + at + width + HALF, b, inside)
         ka, kb, dwka, dwkb = ka + a, kb + b, dwka + dwa, dwkb + dwb
@@ -248,8 +248,8 @@ def add_norm_forward(
     mean_of,
     scale_of,
     n,
-    eps,
     T,
+    EPS: tl.constexpr,
     D: tl.constexpr,
     KEPT: tl.constexpr,
     R: tl.constexpr,
@@ -272,7 +272,7 @@ def add_norm_forward(
     tl.store(out + at, value, inside)
     mean = tl.sum(value, 1)[:, None] / D
     value = tl.where(inside, value - mean, 0.0)
-    scale = tl.rsqrt(tl.sum(value * value, 1)[:, None] / D + eps)
+    scale = tl.rsqrt(tl.sum(value * value, 1)[:, None] / D + EPS)
     w = tl.load(weight + columns, within, other=0.0).to(tl.float32)
     b = tl.load(bias + columns, within, other=0.0).to(tl.float32)
     tl.store(normed + at, value * scale * w + b, inside)

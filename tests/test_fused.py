@@ -102,13 +102,17 @@ def test_many_tokens_for_each_program_are_added_up(monkeypatch):
 
 
 @needs_triton
-def test_frozen_parameters_and_no_gradients_at_all():
+def test_frozen_parameters_and_who_looks_into_a_block():
     config, block = make_block()
     rotary = rotary_table(config, (4, 4), DEVICE)
     forward = types.MethodType(fused.block_forward, block)
     x = torch.randn(2, 17, 192, device=DEVICE)
+    seen = []
+    handle = block.attn.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape))
     with torch.no_grad():
-        torch.testing.assert_close(forward(x, rotary, False), block(x, rotary, False), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(forward(x, rotary, False), block(x, rotary, False))
+    handle.remove()
+    assert seen == [x.shape] * 2
     for name, parameter in block.named_parameters():
         parameter.requires_grad_("mlp" in name)
     forward(x, rotary, True).sum().backward()
