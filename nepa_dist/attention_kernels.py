@@ -1,8 +1,8 @@
 """Triton kernels of attention over few tokens, from the product of queries, keys and values and back to its gradient.
 
 With 256 tokens attention is bound by memory and by what surrounds it. So norms and rotation of queries and keys happen in it:
-forward reads qkv, backward writes its gradient, and between them only normalised and rotated queries and keys are kept. Nothing
-is added atomically: results are equal from run to run.
+forward reads qkv, backward writes its gradient, and in between only normalised and rotated queries and keys are kept. Nothing is
+added atomically: results are equal from run to run.
 
 Forward, a program has a tile of queries and goes through the keys (online softmax). Backward, it has a tile of tokens: as keys
 and values it goes through the queries that see them, then as queries through the keys that they see. With causal attention
