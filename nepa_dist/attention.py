@@ -37,11 +37,6 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
-def sdpa_or_fused(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """``sdpa``, where :mod:`nepa_dist.fused` has no kernel of its own that takes its place."""
-    return sdpa(q, k, v, causal)
-
-
 def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """Attention by batched matrix products; keeps B H T^2 numbers for backward, or nearly half of them if causal.
 
@@ -75,7 +70,7 @@ def choose_attention(name: str, device: torch.device) -> Attend:
         ValueError: the device or the installation does not have it.
     """
     if name == "auto":
-        return few_dense if device.type == "cpu" else sdpa_or_fused
+        return few_dense if device.type == "cpu" else sdpa
     if name in ("sdpa", "dense"):
         return sdpa if name == "sdpa" else dense
     if device.type != "cuda":

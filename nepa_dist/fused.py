@@ -9,14 +9,12 @@ Legend: B images, T tokens, D width, H hidden width of the MLP, N heads, K head 
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nepa_dist.attention import sdpa_or_fused
 from nepa_dist.linear import Linear
 from nepa_dist.model import Block
 
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from nepa_dist.config import ModelConfig
     from nepa_dist.model import Rotary
 
-attention_kernels: Any = None
 kernels: Any = None
 """The module of the Triton kernels, once it is imported."""
 
@@ -32,10 +29,6 @@ PROGRAMS = 1056
 """Programs of a kernel that adds up, about: eight for each of the 132 multiprocessors of an H100."""
 ROW_PROGRAMS = 528
 """The same where a program holds whole rows."""
-FEW_TOKENS = 512
-"""Up to this many tokens attention runs on kernels of this project, where the setting leaves it the choice."""
-FORWARD_TILE, BACKWARD_TILE = 64, 64
-"""Tokens that a program of attention holds."""
 
 
 def wanted(setting: str, model: ModelConfig, engine: str, device: torch.device) -> bool:
@@ -68,13 +61,12 @@ def _obstacle(model: ModelConfig, engine: str, device: torch.device) -> str | No
 
 def _load() -> str | None:
     """Import the kernels, or say why it cannot be done."""
-    global kernels, attention_kernels
+    global kernels
     try:
-        from nepa_dist import attention_kernels as of_attention
-        from nepa_dist import kernels as between
+        from nepa_dist import kernels as module
     except ImportError as error:
         return f"Triton is missing ({error}): it comes with torch's builds for GPUs"
-    kernels, attention_kernels = between, of_attention
+    kernels = module
     return None
 
 
@@ -91,11 +83,8 @@ def block_forward(block: Block, x: Tensor, rotary: Rotary, causal: bool) -> Tens
     norm, k_norm = parts.attn.q_norm, parts.attn.k_norm
     qkv, bias = _linear(attn.qkv, block.norm1(x))
     weights = None if norm.weight is None else torch.stack([norm.weight, k_norm.weight])
-    if attn.attend is sdpa_or_fused and _few(T, qkv, attn.num_heads):
-        y = _Attention.apply(qkv, bias, weights, rotary.cos, rotary.sin, attn.num_heads, norm.eps, causal)
-    else:
-        q, k, v = _Heads.apply(qkv, bias, weights, rotary.cos, rotary.sin, attn.num_heads, norm.eps)
-        y = attn.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal).transpose(1, 2).reshape(B, T, D)
+    q, k, v = _Heads.apply(qkv, bias, weights, rotary.cos, rotary.sin, attn.num_heads, norm.eps)
+    y = attn.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal).transpose(1, 2).reshape(B, T, D)
     branch, bias = _linear(attn.proj, y)
     norm = block.norm2
     x, y = _AddNorm.apply(x, branch, bias, parts.ls1.gamma, _kept(block, x), norm.weight, norm.bias, norm.eps)
@@ -119,12 +108,6 @@ def _kept(block: Block, x: Tensor) -> Tensor | None:
         return None
     keep = 1 - block.drop_path
     return (torch.rand(len(x), 1, 1, device=x.device) < keep).flatten().float() / keep
-
-
-def _few(tokens: int, qkv: Tensor, heads: int) -> bool:
-    """Whether attention is for the kernels of this project, or for torch's."""
-    # fp32 is for others: tensor cores would round it.
-    return tokens <= FEW_TOKENS and qkv.dtype in (torch.bfloat16, torch.float16) and qkv.shape[2] // heads in (96, 192, 384)
 
 
 def _power(width: int) -> int:
@@ -173,83 +156,6 @@ class _Heads(torch.autograd.Function):
         )
         dweights = None if weights is None else of_weights.sum(0).view(2, 2 * half).to(weights.dtype)
         return dqkv, _of_bias(sums.sum(0), ctx.bias_dtype), dweights, None, None, None, None
-
-
-class _Attention(torch.autograd.Function):
-    """Attention [B, T, D] of qkv [B, T, 3 D], queries and keys normalised and rotated."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        qkv: Tensor,
-        bias: Tensor | None,
-        weights: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        heads: int,
-        eps: float,
-        causal: bool,
-    ) -> Tensor:
-        B, T, width = qkv.shape
-        half = width // (6 * heads)
-        qkv = qkv.contiguous()
-        q, k, out = (torch.empty(B, T, width // 3, dtype=qkv.dtype, device=qkv.device) for _ in range(3))
-        logsum = torch.empty(B, heads, T, dtype=torch.float32, device=qkv.device)
-        scales = qkv if weights is None else weights
-        sizes = {"EPS": eps, "HEADS": heads, "HALF": half, "AFFINE": weights is not None, "CAUSAL": causal}
-        sizes |= {"M": FORWARD_TILE, "C": half, "P": 2 * half, "STAGES": 1}
-        attention_kernels.attention_forward[(-(-T // FORWARD_TILE), B * heads)](
-            qkv, cos, sin, scales, q, k, out, logsum, T, _factor(half), **sizes, num_warps=FORWARD_TILE // 16
-        )
-        ctx.save_for_backward(qkv, weights, cos, sin, q, k, out, logsum)
-        ctx.heads, ctx.eps, ctx.causal, ctx.bias_dtype = heads, eps, causal, None if bias is None else bias.dtype
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, weights, cos, sin, q, k, out, logsum = ctx.saved_tensors
-        heads = ctx.heads
-        B, T, width = qkv.shape
-        half = width // (6 * heads)
-        dout = dout.contiguous()
-        delta = torch.empty_like(logsum)
-        rows = B * T * heads
-        attention_kernels.attention_delta[(-(-rows // 64),)](
-            dout, out, delta, rows, T, HEADS=heads, K=2 * half, R=64, P=2 * half, num_warps=4
-        )
-        tiles = -(-T // BACKWARD_TILE)
-        dqkv = torch.empty_like(qkv)
-        sums = torch.empty(B * tiles, width, dtype=torch.float32, device=qkv.device)
-        of_weights = torch.empty(B * tiles * heads, 4 * half, dtype=torch.float32, device=qkv.device)
-        scales = qkv if weights is None else weights
-        sizes = {"EPS": ctx.eps, "HEADS": heads, "HALF": half, "AFFINE": weights is not None, "CAUSAL": ctx.causal}
-        sizes |= {"M": BACKWARD_TILE, "C": half, "P": 2 * half, "STAGES": 2}
-        attention_kernels.attention_backward[(tiles, B * heads)](
-            dout,
-            qkv,
-            cos,
-            sin,
-            scales,
-            q,
-            k,
-            logsum,
-            delta,
-            dqkv,
-            sums,
-            of_weights,
-            T,
-            _factor(half),
-            (2 * half) ** -0.5,
-            **sizes,
-            num_warps=BACKWARD_TILE // 16,
-        )
-        dweights = None if weights is None else of_weights.sum(0).view(2, 2 * half).to(weights.dtype)
-        return dqkv, _of_bias(sums.sum(0), ctx.bias_dtype), dweights, None, None, None, None, None
-
-
-def _factor(half: int) -> float:
-    """Of scores, whose softmax is taken to the base 2."""
-    return math.log2(math.e) / math.sqrt(2 * half)
 
 
 class _AddNorm(torch.autograd.Function):

@@ -106,8 +106,7 @@ ARROWS: dict[str, set[str]] = {
     "guard": {"state"},
     "model": {"attention", "config", "keyed", "linear", "presets"},
     "fp8": set(),
-    "fused": {"attention", "attention_kernels", "kernels", "linear", "model"},
-    "attention_kernels": {"kernels"},
+    "fused": {"kernels", "linear", "model"},
     "kernels": set(),
     "linear": set(),
     "attention": set(),
@@ -133,7 +132,7 @@ ARROWS: dict[str, set[str]] = {
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("nepa_dist/engines/zero.py",),
     "torchao": ("nepa_dist/fp8.py",),
-    "triton": ("nepa_dist/attention_kernels.py", "nepa_dist/kernels.py"),
+    "triton": ("nepa_dist/kernels.py",),
     "prometheus_client": ("nepa_dist/metrics/exporter.py",),
     "tensorboardX": ("nepa_dist/metrics/trackers.py",),
     "wandb": ("nepa_dist/metrics/wandb_process.py",),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nepa_dist.attention import DENSE_TOKENS, choose_attention, dense, few_dense, sdpa, sdpa_or_fused
+from nepa_dist.attention import DENSE_TOKENS, choose_attention, dense, few_dense, sdpa
 from nepa_dist.config import Config, ConfigError
 from nepa_dist.engines.build import build_engine
 from nepa_dist.plan import cross_field_problems, make_plan
@@ -47,7 +47,7 @@ def test_a_causal_token_does_not_depend_on_later_ones():
 
 def test_a_cpu_stores_the_scores_of_few_tokens_only(monkeypatch):
     assert choose_attention("auto", CPU) is few_dense
-    assert choose_attention("auto", torch.device("cuda")) is sdpa_or_fused
+    assert choose_attention("auto", torch.device("cuda")) is sdpa
     called = []
     monkeypatch.setattr("nepa_dist.attention.dense", lambda *_: called.append("dense"))
     monkeypatch.setattr("nepa_dist.attention.sdpa", lambda *_: called.append("sdpa"))

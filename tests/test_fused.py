@@ -11,7 +11,6 @@ import torch
 
 import nepa_dist
 from nepa_dist import fused
-from nepa_dist.attention import sdpa, sdpa_or_fused
 from nepa_dist.config import Config, ConfigError
 from nepa_dist.engines.prepare import prepare
 from nepa_dist.model import rotary_table
@@ -33,7 +32,7 @@ def make_block(**model):
     return config.model, block
 
 
-def results(block, forward, images, rotary, dtype, causal=True):
+def results(block, forward, images, rotary, dtype):
     """Output, gradient of the input and those of all parameters, by name."""
     generator = torch.Generator().manual_seed(0)
     T, D = len(rotary.cos), block.norm1.weight.numel()
@@ -42,7 +41,7 @@ def results(block, forward, images, rotary, dtype, causal=True):
     block.zero_grad()
     torch.manual_seed(1)  # of drop path
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == "bf16"):
-        y = forward(x, rotary, causal)
+        y = forward(x, rotary, True)
     assert y.dtype == torch.float32
     (y * weights).sum().backward()
     return {"y": y.detach(), "x": x.grad} | {name: p.grad.clone() for name, p in block.named_parameters()}
@@ -52,14 +51,13 @@ def errors(one, other):
     return {name: ((one[name] - other[name]).norm() / (one[name].norm() + 1e-6)).item() for name in one}
 
 
-def run_both(dtype, images=3, attend=sdpa, causal=True, **model):
+def run_both(dtype, images=3, **model):
     config, block = make_block(**model)
     side = config.image_size // config.patch_size
     rotary = rotary_table(config, (side, side), DEVICE)
-    block.attn.attend = attend
-    plain = results(block, block.forward, images, rotary, dtype, causal)
-    ours = results(block, types.MethodType(fused.block_forward, block), images, rotary, dtype, causal)
-    exact = results(block, block.forward, images, rotary, "fp32", causal)
+    plain = results(block, block.forward, images, rotary, dtype)
+    ours = results(block, types.MethodType(fused.block_forward, block), images, rotary, dtype)
+    exact = results(block, block.forward, images, rotary, "fp32")
     return plain, ours, exact
 
 
@@ -76,20 +74,6 @@ def test_it_is_the_same_function_in_fp32(model):
 
 
 @needs_triton
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(
-    "model",
-    [{}, PLAIN, {"image_size": 160}, {"image_size": 144, "num_heads": 6}],
-    ids=["17 tokens", "affine", "101 tokens", "heads of 32"],
-)
-def test_attention_over_few_tokens_is_the_same_function(monkeypatch, model, causal):
-    monkeypatch.setattr(fused, "_few", lambda *_: True)  # in fp32 too, in which the interpreter is exact
-    plain, ours, _ = run_both("fp32", 2, sdpa_or_fused, causal, **model)
-    assert max(errors(plain, ours).values()) < 1e-4
-
-
-@needs_triton
-@pytest.mark.parametrize("attend", [sdpa, pytest.param(sdpa_or_fused, marks=only_gpu)])
 @pytest.mark.parametrize(
     "model",
     [
@@ -100,8 +84,8 @@ def test_attention_over_few_tokens_is_the_same_function(monkeypatch, model, caus
     ],
     ids=["gated", "plain and affine", "vit_l", "vit_l_gelu"],
 )
-def test_in_bf16_it_is_as_exact_as_the_block(model, attend):
-    plain, ours, exact = run_both("bf16", attend=attend, **model)
+def test_in_bf16_it_is_as_exact_as_the_block(model):
+    plain, ours, exact = run_both("bf16", **model)
     of_plain, of_ours = errors(exact, plain), errors(exact, ours)
     # Triton's interpreter cuts what it stores in bf16 off, a GPU rounds: errors are twice as large.
     allowed = 1.25 if DEVICE.type == "cuda" else 2.5
