@@ -136,17 +136,18 @@ def find_peak(device: torch.device, precision: str, rates: Sequence[float]) -> t
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Measure all arms; on every rank."""
     options = [args.batch, args.precision, args.compile, args.engine, args.attention, args.kernels, args.patch_embed]
-    options.append(args.images)
+    options += [args.fp8, args.images]
     combinations = list(itertools.product(*options))
     sharded = next((name for name in args.engine if name != "ddp"), "ddp")
     world = join({"name": sharded, "device": args.device})
     about = place(world.device)
     arms, configs = [], {}
-    for batch, precision, compiled, engine, attention, kernels, patches, kind in combinations:
+    for batch, precision, compiled, engine, attention, kernels, patches, fp8, kind in combinations:
         how = "compiled" if _SWITCH[compiled] else "eager"
-        name = f"{engine} {precision} {how} {attention} {kernels} {patches} batch {batch} {kind}"
+        rounded = "" if fp8 == "off" else f"fp8 {fp8} "
+        name = f"{engine} {precision} {how} {attention} {kernels} {patches} {rounded}batch {batch} {kind}"
         settings = {"name": engine, "precision": precision, "compile": _SWITCH[compiled], "attention": attention}
-        settings |= {"kernels": kernels, "patch_embed": patches}
+        settings |= {"kernels": kernels, "patch_embed": patches, "fp8": fp8}
         config = make_config(args.model, batch, world.world_size, device=args.device, **settings)
         size = config.model.image_size
         if kind == "random":
@@ -251,7 +252,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     attention = get_args(EngineConfig.model_fields["attention"].annotation)
     parser.add_argument("--attention", nargs="+", default=["auto"], choices=attention, help="values of engine.attention")
     parser.add_argument("--kernels", nargs="+", default=["auto"], choices=["auto", "torch", "triton"])
-    parser.add_argument("--patch-embed", nargs="+", default=["conv"], choices=["conv", "matmul"])
+    parser.add_argument("--patch-embed", nargs="+", default=["auto"], choices=["auto", "conv", "matmul"])
+    parser.add_argument("--fp8", nargs="+", default=["off"], choices=["off", "tensorwise", "rowwise"])
     parser.add_argument("--images", nargs="+", default=["random"], choices=["random", "natural"])
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="images for natural, at any depth")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])

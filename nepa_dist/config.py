@@ -113,8 +113,9 @@ class EngineConfig(Section):
     """What runs between the matrix products of a block. triton: one kernel of this project each way, or an error. torch: its
     operations, as compile fuses them. auto: triton on a GPU, where the model has LayerScale, QK-norm and RoPE and the engine is
     not zero3, else torch."""
-    patch_embed: Literal["conv", "matmul"] = "conv"
-    """How patches are embedded: as a convolution, or as a matrix product over inputs padded to a multiple of 64."""
+    patch_embed: Literal["auto", "conv", "matmul"] = "auto"
+    """How patches are embedded: as a convolution, or as a matrix product over inputs padded to a multiple of 64. auto: the
+    product on a GPU, the convolution on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
     """Only deterministic kernels on a GPU, slower; CPUs are deterministic as they are."""

@@ -42,7 +42,7 @@ def test_a_run_of_the_step_writes_a_report(small_model, tmp_path):
     assert len(report["ratios"]) == 1
     assert report["machine"]["commit"]
     assert text == step.to_markdown(report)
-    assert "ddp fp32 eager sdpa auto conv batch 2 random" in text
+    assert "ddp fp32 eager sdpa auto auto batch 2 random" in text
 
 
 def test_a_step_is_profiled_once_for_the_kernels_and_the_trace(small_model, tmp_path):

@@ -70,7 +70,8 @@ def prepare(task: Task, config: EngineConfig, device: torch.device) -> None:
         fused = wanted(config.kernels, task.backbone.config, config.name, device)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
-    task.backbone.patch_embed.as_matmul = config.patch_embed == "matmul"
+    fastest = "matmul" if device.type == "cuda" else "conv"
+    task.backbone.patch_embed.as_matmul = (fastest if config.patch_embed == "auto" else config.patch_embed) == "matmul"
     onednn = device.type == "cpu" and config.precision == "fp32" and prefers_onednn()
     for part in task.backbone.modules():
         if isinstance(part, Linear):
