@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nepa_dist.config import kernels_obstacle
 from nepa_dist.linear import Linear
 from nepa_dist.model import Block
 
 if TYPE_CHECKING:
-    from nepa_dist.config import ModelConfig
+    from nepa_dist.config import EngineConfig, ModelConfig
     from nepa_dist.model import Rotary
 
 kernels: Any = None
@@ -31,32 +32,23 @@ ROW_PROGRAMS = 528
 """The same where a program holds whole rows."""
 
 
-def wanted(setting: str, model: ModelConfig, engine: str, device: torch.device) -> bool:
+def wanted(model: ModelConfig, engine: EngineConfig, device: torch.device) -> bool:
     """Whether blocks run on these kernels; if they do, the kernels are imported.
 
     Args:
-        setting: ``engine.kernels``.
         model: what the blocks are made of.
-        engine: ``engine.name``.
+        engine: ``kernels`` and ``name``.
         device: where they will run.
 
     Raises:
         ValueError: they are asked for and cannot be used.
     """
-    if setting == "torch":
+    if engine.kernels == "torch":
         return False
-    reason = _obstacle(model, engine, device) or _load()
-    if reason and setting == "triton":
+    reason = kernels_obstacle(model, engine, device.type) or _load()
+    if reason and engine.kernels == "triton":
         raise ValueError(f"engine.kernels triton: {reason}; use auto or torch")
     return reason is None
-
-
-def _obstacle(model: ModelConfig, engine: str, device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"they need a GPU, not a {device.type}"
-    if engine == "zero3":
-        return "zero3 has a layer's weights only while that layer runs"
-    return next((f"model.{name} is off" for name in ("layer_scale", "qk_norm", "rope") if not getattr(model, name)), None)
 
 
 def _load() -> str | None:

@@ -144,7 +144,7 @@ def test_without_triton_it_says_so_and_auto_goes_on(monkeypatch):
     config = settings()
     with pytest.raises(ConfigError, match="Triton is missing"):
         prepare(build_task(config), config.engine, torch.device("cuda"))
-    assert not fused.wanted("auto", config.model, "ddp", torch.device("cuda"))
+    assert not fused.wanted(config.model, settings(engine={"kernels": "auto"}).engine, torch.device("cuda"))
 
 
 def test_a_cpu_keeps_its_blocks():

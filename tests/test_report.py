@@ -27,7 +27,7 @@ def test_the_report_counts_memory_by_formula() -> None:
     rows = [("weights", 1), ("bf16 copies by autocast", 0.5), ("gradients", 1), ("Adam moments", 2)]
     assert re.search("".join(rf"\n +{name} +{share * size / 1e6:.4g} MB" for name, share in rows), report)
     assert re.search(rf"EMA +{size / 1e6:.4g} MB", report)
-    activations = 8 * (22 * 768 + 6 * 2048) * 256 * 12
+    activations = 8 * (28 * 768 + 6 * 2048) * 256 * 12
     assert f"activations                  {activations / 1e6:.4g} MB" in report
     fp32 = build_report(load_config(overrides=[*settings[:2], "engine.precision=fp32", "optim.ema_decay=null"]), 100)
     assert f"activations                  {2 * activations / 1e9:.4g} GB" in fp32
