@@ -39,7 +39,7 @@ def test_the_report_counts_memory_by_formula() -> None:
 def test_the_report_estimates_gpu_hours() -> None:
     settings = ["model.preset=vit_l", "epochs=800", "engine.compile=true", "cluster.gpus_per_node=8"]
     report = build_report(load_config(overrides=settings), 1_281_167)
-    assert "Time on H100s (a model, not measured)" in report
+    assert "Time on H100s (a model, docs/performance.md)" in report
     assert "Gb/s per node" not in report  # one node
     speed = re.search(r"images per second +\S+, ([\d,]+) per GPU, (\d+)% of 989 TFLOP/s", report)
     found = re.search(r"GPU-hours +(\S+), (\S+) hours or (\S+) days at world size 8\n", report)
