@@ -45,13 +45,13 @@ def wanted(model: ModelConfig, engine: EngineConfig, device: torch.device) -> bo
     """
     if engine.kernels == "torch":
         return False
-    reason = kernels_obstacle(model, engine, device.type) or _load()
+    reason = kernels_obstacle(model, engine, device.type) or load()
     if reason and engine.kernels == "triton":
         raise ValueError(f"engine.kernels triton: {reason}; use auto or torch")
     return reason is None
 
 
-def _load() -> str | None:
+def load() -> str | None:
     """Import the kernels, or say why it cannot be done."""
     global kernels
     try:
@@ -75,15 +75,15 @@ def block_forward(block: Block, x: Tensor, rotary: Rotary, causal: bool) -> Tens
     norm, k_norm = parts.attn.q_norm, parts.attn.k_norm
     qkv, bias = _linear(attn.qkv, block.norm1(x))
     weights = None if norm.weight is None else torch.stack([norm.weight, k_norm.weight])
-    q, k, v = _Heads.apply(qkv, bias, weights, rotary.cos, rotary.sin, attn.num_heads, norm.eps)
+    q, k, v = Heads.apply(qkv, bias, weights, rotary.cos, rotary.sin, attn.num_heads, norm.eps)
     y = attn.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal).transpose(1, 2).reshape(B, T, D)
     branch, bias = _linear(attn.proj, y)
     norm = block.norm2
-    x, y = _AddNorm.apply(x, branch, bias, parts.ls1.gamma, _kept(block, x), norm.weight, norm.bias, norm.eps)
+    x, y = AddNorm.apply(x, branch, bias, parts.ls1.gamma, _kept(block, x), norm.weight, norm.bias, norm.eps)
     h, bias = _linear(mlp.gate_up if mlp.gated else mlp.up, y)
-    y = _Activation.apply(h, bias, mlp.gated, mlp.activation is F.gelu)
+    y = Activation.apply(h, bias, mlp.gated, mlp.activation is F.gelu)
     branch, bias = _linear(mlp.down, y)
-    out: Tensor = _Add.apply(x, branch, bias, parts.ls2.gamma, _kept(block, x))
+    out: Tensor = Add.apply(x, branch, bias, parts.ls2.gamma, _kept(block, x))
     return out
 
 
@@ -111,7 +111,7 @@ def _of_bias(sums: Tensor, dtype: torch.dtype | None) -> Tensor | None:
     return None if dtype is None else sums.to(dtype)
 
 
-class _Heads(torch.autograd.Function):
+class Heads(torch.autograd.Function):
     """Queries and keys, normalised and rotated, and values, each [B, T, N, K], of qkv [B, T, 3 D]."""
 
     @staticmethod
@@ -150,7 +150,7 @@ class _Heads(torch.autograd.Function):
         return dqkv, _of_bias(sums.sum(0), ctx.bias_dtype), dweights, None, None, None, None
 
 
-class _AddNorm(torch.autograd.Function):
+class AddNorm(torch.autograd.Function):
     """x + kept * gamma * branch [B, T, D], and its LayerNorm in the dtype of branch."""
 
     @staticmethod
@@ -213,7 +213,7 @@ class _AddNorm(torch.autograd.Function):
         return dx, dbranch, of_bias, of_gamma.to(dtypes[0]), None, of_weight.to(dtypes[1]), of_shift.to(dtypes[1]), None
 
 
-class _Activation(torch.autograd.Function):
+class Activation(torch.autograd.Function):
     """act(h) [B, T, H], or act(gate) * up of h = [gate, up] [B, T, 2 H]."""
 
     @staticmethod
@@ -241,7 +241,7 @@ class _Activation(torch.autograd.Function):
         return dh, _of_bias(sums.sum(0), ctx.bias_dtype), None, None
 
 
-class _Add(torch.autograd.Function):
+class Add(torch.autograd.Function):
     """x + kept * gamma * branch [B, T, D]."""
 
     @staticmethod

@@ -20,7 +20,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODEL = {"preset": "vit_tiny", "image_size": 64, "patch_size": 16, "depth": 2, "layer_scale_init": 0.5, "qkv_bias": True}
 PLAIN = {"gated_mlp": False, "activation": "gelu", "qk_norm_affine": True}
 only_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="too large for a CPU")
-needs_triton = pytest.mark.skipif(fused._load() is not None, reason="needs Triton")
+needs_triton = pytest.mark.skipif(fused.load() is not None, reason="needs Triton")
 
 
 def make_block(**model):
