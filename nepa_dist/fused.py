@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nepa_dist.linear import Linear
 from nepa_dist.model import Block
@@ -131,7 +132,7 @@ class _Heads(torch.autograd.Function):
         qkv = qkv.contiguous()
         q, k = (torch.empty(B, T, heads, 2 * half, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
         scales = qkv if weights is None else weights
-        grid = (heads, -(-B * T // 32))
+        grid = (heads * -(-B * T // 32),)
         sizes = {"EPS": eps, "HEADS": heads, "HALF": half, "AFFINE": weights is not None, "R": 32, "C": _power(half)}
         kernels.heads_forward[grid](qkv, cos, sin, scales, q, k, B * T, T, **sizes, num_warps=4)
         ctx.save_for_backward(qkv, weights, cos, sin)
@@ -139,6 +140,7 @@ class _Heads(torch.autograd.Function):
         return q, k, qkv.view(B, T, 3, heads, 2 * half)[:, :, 2]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         qkv, weights, cos, sin = ctx.saved_tensors
         heads = ctx.heads
@@ -188,6 +190,7 @@ class _AddNorm(torch.autograd.Function):
         return out, normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
         out, branch, gamma, kept, weight, mean, scale = ctx.saved_tensors
         B, T, D = out.shape
@@ -230,13 +233,14 @@ class _Activation(torch.autograd.Function):
         hidden = width // 2 if gated else width
         h = h.contiguous()
         y = torch.empty(B, T, hidden, dtype=h.dtype, device=h.device)
-        grid = (-(-hidden // 128), -(-B * T // 32))
+        grid = (-(-hidden // 128) * -(-B * T // 32),)
         kernels.activation_forward[grid](h, y, B * T, H=hidden, GATED=gated, GELU=gelu, R=32, C=128, num_warps=8)
         ctx.save_for_backward(h)
         ctx.gated, ctx.gelu, ctx.bias_dtype = gated, gelu, None if bias is None else bias.dtype
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (h,) = ctx.saved_tensors
         B, T, hidden = dy.shape
@@ -259,13 +263,14 @@ class _Add(torch.autograd.Function):
         out = torch.empty(B, T, D, dtype=torch.promote_types(x.dtype, gamma.dtype), device=x.device)
         sizes = {"D": D, "KEPT": kept is not None, "R": 8, "C": 512}
         factors = gamma if kept is None else kept
-        grid = (-(-D // 512), -(-B * T // 8))
+        grid = (-(-D // 512) * -(-B * T // 8),)
         kernels.add_forward[grid](x, branch, gamma, factors, out, B * T, T, **sizes, num_warps=8)
         ctx.save_for_backward(branch, gamma, kept)
         ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         branch, gamma, kept = ctx.saved_tensors
         B, T, D = branch.shape

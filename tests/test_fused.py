@@ -5,6 +5,7 @@ Without a GPU Triton interprets the kernels (tests/conftest.py); with one they r
 
 import sys
 import types
+import unittest.mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import nepa_dist
 from nepa_dist import fused
 from nepa_dist.config import Config, ConfigError
 from nepa_dist.engines.prepare import prepare
-from nepa_dist.model import rotary_table
+from nepa_dist.model import Block, rotary_table
 from nepa_dist.tasks.build import build_task
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -152,3 +153,41 @@ def test_a_cpu_keeps_its_blocks():
     task = build_task(config)
     prepare(task, config.engine, torch.device("cpu"))
     assert "forward" not in vars(task.backbone.blocks[0])
+
+
+@needs_triton
+def test_a_gradient_of_a_gradient_is_refused():
+    config, block = make_block()
+    x = torch.randn(1, 17, 192, device=DEVICE, requires_grad=True)
+    y = fused.block_forward(block, x, rotary_table(config, (4, 4), DEVICE), True)
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+class Grids:
+    """Kernels that do nothing but say how many programs they would be."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def __getattr__(self, name):
+        kernel = unittest.mock.MagicMock()
+        kernel.__getitem__.side_effect = lambda grid: self.seen.update({name: grid}) or (lambda *_, **__: None)
+        return kernel
+
+
+def test_a_large_batch_has_no_more_programs_than_a_gpu_takes(monkeypatch):
+    """Of a grid a GPU takes 2^31 programs along the first axis and 65,535 along the others."""
+    grids = Grids()
+    monkeypatch.setattr(fused, "kernels", grids)
+    config = Config.model_validate({"model": MODEL | {"image_size": 224, "patch_size": 14}}).model
+    with torch.device("meta"):
+        block = Block(config, 0.0)
+        rotary = rotary_table(config, (16, 16), torch.device("meta"))
+        block.attn.attend = lambda q, k, v, causal: q + k + v
+        x = torch.empty(16384, 257, config.embed_dim, requires_grad=True)
+        fused.block_forward(block, x, rotary, True).sum().backward()
+    assert len(grids.seen) == 8
+    for name, (first, *others) in grids.seen.items():
+        assert first < 2**31 and all(other < 2**16 for other in others), name
