@@ -9,6 +9,7 @@ Legend: B images, T tokens, D width, H hidden width of the MLP, N heads, K head 
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +19,13 @@ from torch.autograd.function import once_differentiable
 
 from nepa_dist.linear import Linear
 from nepa_dist.model import Block
+from nepa_dist.plan import kernel_obstacles
 
 if TYPE_CHECKING:
     from nepa_dist.config import ModelConfig
     from nepa_dist.model import Rotary
+
+_log = logging.getLogger(__name__)
 
 kernels: Any = None
 """The module of the Triton kernels, once it is imported."""
@@ -46,18 +50,20 @@ def wanted(setting: str, model: ModelConfig, engine: str, device: torch.device) 
     """
     if setting == "torch":
         return False
-    reason = _obstacle(model, engine, device) or _load()
+    never = _obstacle(model, engine, device)
+    not_here = None if never else _load() or _trial(device)
+    reason = never or not_here
     if reason and setting == "triton":
         raise ValueError(f"engine.kernels triton: {reason}; use auto or torch")
+    if not_here:
+        _log.warning("engine.kernels auto: %s; blocks run on torch's operations, which is slower", not_here)
     return reason is None
 
 
 def _obstacle(model: ModelConfig, engine: str, device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"they need a GPU, not a {device.type}"
-    if engine == "zero3":
-        return "zero3 has a layer's weights only while that layer runs"
-    return next((f"model.{name} is off" for name in ("layer_scale", "qk_norm", "rope") if not getattr(model, name)), None)
+    return next(iter(kernel_obstacles(model, engine)), None)
 
 
 def _load() -> str | None:
@@ -68,6 +74,16 @@ def _load() -> str | None:
     except ImportError as error:
         return f"Triton is missing ({error}): it comes with torch's builds for GPUs"
     kernels = module
+    return None
+
+
+def _trial(device: torch.device) -> str | None:
+    """Run a kernel, or say why it cannot be done: that takes a C compiler, headers of Python and a GPU that Triton knows."""
+    x = torch.ones(1, 1, 1, device=device)
+    try:
+        _Add.apply(x, x.bfloat16(), None, x.flatten(), None)
+    except Exception as error:
+        return f"Triton cannot run a kernel here ({type(error).__name__}: {error})"
     return None
 
 

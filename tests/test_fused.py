@@ -15,6 +15,7 @@ from nepa_dist import fused
 from nepa_dist.config import Config, ConfigError
 from nepa_dist.engines.prepare import prepare
 from nepa_dist.model import Block, rotary_table
+from nepa_dist.plan import cross_field_problems
 from nepa_dist.tasks.build import build_task
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -139,6 +140,22 @@ def test_where_they_cannot_be_used_it_says_why(values, device, message):
         prepare(build_task(config), config.engine, torch.device(device))
 
 
+def test_what_no_device_can_run_is_refused_before_work_starts_and_all_of_it_at_once():
+    engine = {"name": "zero3", "device": "cpu"}
+    found = [text for text in cross_field_problems(settings(qk_norm=False, rope=False, engine=engine)) if "kernels" in text]
+    assert found == [
+        f"engine.kernels triton: {reason}; use auto or torch"
+        for reason in (
+            "model.qk_norm is off",
+            "model.rope is off",
+            "zero3 has a layer's weights only while that layer runs",
+            "they need a GPU, and engine.device is cpu",
+        )
+    ]
+    assert not [text for text in cross_field_problems(settings()) if "kernels" in text]
+    assert not [text for text in cross_field_problems(settings(engine={**engine, "kernels": "auto"})) if "kernels" in text]
+
+
 def test_without_triton_it_says_so_and_auto_goes_on(monkeypatch):
     monkeypatch.setitem(sys.modules, "nepa_dist.kernels", None)
     monkeypatch.delattr(nepa_dist, "kernels", raising=False)
@@ -146,6 +163,21 @@ def test_without_triton_it_says_so_and_auto_goes_on(monkeypatch):
     with pytest.raises(ConfigError, match="Triton is missing"):
         prepare(build_task(config), config.engine, torch.device("cuda"))
     assert not fused.wanted("auto", config.model, "ddp", torch.device("cuda"))
+
+
+@needs_triton
+def test_without_a_compiler_it_says_so_and_auto_goes_on(monkeypatch, caplog):
+    monkeypatch.setattr(fused, "_obstacle", lambda *_: None)
+    assert fused.wanted("auto", settings().model, "ddp", DEVICE)
+    assert not caplog.records
+    broken = unittest.mock.MagicMock(**{"add_forward.__getitem__.side_effect": RuntimeError("Failed to find C compiler")})
+    monkeypatch.setattr(fused, "kernels", fused.kernels)  # put back after the test
+    monkeypatch.setitem(sys.modules, "nepa_dist.kernels", broken)
+    monkeypatch.setattr(nepa_dist, "kernels", broken)
+    with pytest.raises(ValueError, match=r"cannot run a kernel here \(RuntimeError: Failed to find C compiler\)"):
+        fused.wanted("triton", settings().model, "ddp", DEVICE)
+    assert not fused.wanted("auto", settings().model, "ddp", DEVICE)
+    assert "Failed to find C compiler" in caplog.text
 
 
 def test_a_cpu_keeps_its_blocks():
@@ -190,4 +222,5 @@ def test_a_large_batch_has_no_more_programs_than_a_gpu_takes(monkeypatch):
         fused.block_forward(block, x, rotary, True).sum().backward()
     assert len(grids.seen) == 8
     for name, (first, *others) in grids.seen.items():
-        assert first < 2**31 and all(other < 2**16 for other in others), name
+        assert first < 2**31, name
+        assert all(other < 2**16 for other in others), name
