@@ -4,6 +4,9 @@ Between two matrix products there is one kernel each way. Biases are added by th
 over tokens, are made where the gradient of the products is, and not in another pass over it. So a layer here gives its output
 and its bias (:func:`_linear`), and what comes next is a function of both.
 
+A backward pass keeps what the kernels before the products made, and of a sum its result: norms and activations are computed
+again from it. Gradients have no gradients. Arithmetic is described in :mod:`nepa_dist.kernels`.
+
 Legend: B images, T tokens, D width, H hidden width of the MLP, N heads, K head width.
 """
 
@@ -38,6 +41,8 @@ ROW_PROGRAMS = 528
 
 def wanted(setting: str, model: ModelConfig, engine: str, device: torch.device) -> bool:
     """Whether blocks run on these kernels; if they do, the kernels are imported.
+
+    With ``auto`` they do wherever they can; if it is only Triton that fails on this machine, a warning says so.
 
     Args:
         setting: ``engine.kernels``.
