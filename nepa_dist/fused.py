@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nepa_dist.config import kernels_obstacle
 from nepa_dist.linear import Linear
 from nepa_dist.model import Block
-from nepa_dist.plan import kernel_obstacles
 
 if TYPE_CHECKING:
-    from nepa_dist.config import ModelConfig
+    from nepa_dist.config import EngineConfig, ModelConfig
     from nepa_dist.model import Rotary
 
 _log = logging.getLogger(__name__)
@@ -39,39 +39,32 @@ ROW_PROGRAMS = 528
 """The same where a program holds whole rows."""
 
 
-def wanted(setting: str, model: ModelConfig, engine: str, device: torch.device) -> bool:
+def wanted(model: ModelConfig, engine: EngineConfig, device: torch.device) -> bool:
     """Whether blocks run on these kernels; if they do, the kernels are imported.
 
     With ``auto`` they do wherever they can; if it is only Triton that fails on this machine, a warning says so.
 
     Args:
-        setting: ``engine.kernels``.
         model: what the blocks are made of.
-        engine: ``engine.name``.
+        engine: ``kernels`` and ``name``.
         device: where they will run.
 
     Raises:
         ValueError: they are asked for and cannot be used.
     """
-    if setting == "torch":
+    if engine.kernels == "torch":
         return False
-    never = _obstacle(model, engine, device)
-    not_here = None if never else _load() or _trial(device)
+    never = kernels_obstacle(model, engine, device.type)
+    not_here = None if never else load() or _trial(device)
     reason = never or not_here
-    if reason and setting == "triton":
+    if reason and engine.kernels == "triton":
         raise ValueError(f"engine.kernels triton: {reason}; use auto or torch")
     if not_here:
         _log.warning("engine.kernels auto: %s; blocks run on torch's operations, which is slower", not_here)
     return reason is None
 
 
-def _obstacle(model: ModelConfig, engine: str, device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"they need a GPU, not a {device.type}"
-    return next(iter(kernel_obstacles(model, engine)), None)
-
-
-def _load() -> str | None:
+def load() -> str | None:
     """Import the kernels, or say why it cannot be done."""
     global kernels
     try:
@@ -86,7 +79,7 @@ def _trial(device: torch.device) -> str | None:
     """Run a kernel, or say why it cannot be done: that takes a C compiler, headers of Python and a GPU that Triton knows."""
     x = torch.ones(1, 1, 1, device=device)
     try:
-        _Add.apply(x, x.bfloat16(), None, x.flatten(), None)
+        Add.apply(x, x.bfloat16(), None, x.flatten(), None)
     except Exception as error:
         return f"Triton cannot run a kernel here ({type(error).__name__}: {error})"
     return None
@@ -105,15 +98,15 @@ def block_forward(block: Block, x: Tensor, rotary: Rotary, causal: bool) -> Tens
     norm, k_norm = parts.attn.q_norm, parts.attn.k_norm
     qkv, bias = _linear(attn.qkv, block.norm1(x))
     weights = None if norm.weight is None else torch.stack([norm.weight, k_norm.weight])
-    q, k, v = _Heads.apply(qkv, bias, weights, rotary.cos, rotary.sin, attn.num_heads, norm.eps)
+    q, k, v = Heads.apply(qkv, bias, weights, rotary.cos, rotary.sin, attn.num_heads, norm.eps)
     y = attn.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal).transpose(1, 2).reshape(B, T, D)
     branch, bias = _linear(attn.proj, y)
     norm = block.norm2
-    x, y = _AddNorm.apply(x, branch, bias, parts.ls1.gamma, _kept(block, x), norm.weight, norm.bias, norm.eps)
+    x, y = AddNorm.apply(x, branch, bias, parts.ls1.gamma, _kept(block, x), norm.weight, norm.bias, norm.eps)
     h, bias = _linear(mlp.gate_up if mlp.gated else mlp.up, y)
-    y = _Activation.apply(h, bias, mlp.gated, mlp.activation is F.gelu)
+    y = Activation.apply(h, bias, mlp.gated, mlp.activation is F.gelu)
     branch, bias = _linear(mlp.down, y)
-    out: Tensor = _Add.apply(x, branch, bias, parts.ls2.gamma, _kept(block, x))
+    out: Tensor = Add.apply(x, branch, bias, parts.ls2.gamma, _kept(block, x))
     return out
 
 
@@ -141,7 +134,7 @@ def _of_bias(sums: Tensor, dtype: torch.dtype | None) -> Tensor | None:
     return None if dtype is None else sums.to(dtype)
 
 
-class _Heads(torch.autograd.Function):
+class Heads(torch.autograd.Function):
     """Queries and keys, normalised and rotated, and values, each [B, T, N, K], of qkv [B, T, 3 D]."""
 
     @staticmethod
@@ -181,7 +174,7 @@ class _Heads(torch.autograd.Function):
         return dqkv, _of_bias(sums.sum(0), ctx.bias_dtype), dweights, None, None, None, None
 
 
-class _AddNorm(torch.autograd.Function):
+class AddNorm(torch.autograd.Function):
     """x + kept * gamma * branch [B, T, D], and its LayerNorm in the dtype of branch."""
 
     @staticmethod
@@ -245,7 +238,7 @@ class _AddNorm(torch.autograd.Function):
         return dx, dbranch, of_bias, of_gamma.to(dtypes[0]), None, of_weight.to(dtypes[1]), of_shift.to(dtypes[1]), None
 
 
-class _Activation(torch.autograd.Function):
+class Activation(torch.autograd.Function):
     """act(h) [B, T, H], or act(gate) * up of h = [gate, up] [B, T, 2 H]."""
 
     @staticmethod
@@ -274,7 +267,7 @@ class _Activation(torch.autograd.Function):
         return dh, _of_bias(sums.sum(0), ctx.bias_dtype), None, None
 
 
-class _Add(torch.autograd.Function):
+class Add(torch.autograd.Function):
     """x + kept * gamma * branch [B, T, D]."""
 
     @staticmethod

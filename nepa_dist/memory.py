@@ -21,9 +21,19 @@ computed again makes its copies again.
 that they leave, where there is no accumulation.
 zero3 keeps a bucket of ``BUCKET_NUMEL`` numbers. ``tests/test_memory.py`` compares these with the tensors that are really held.
 
-Activations: 22 D + 6 H bytes per token and block with a gated MLP, 22 D + 4 H with a plain one, for bf16 and an attention that
-stores no T x T matrix; compiled 16 D + 4 H (16 D + 2 H); selective checkpointing keeps 14 D + 4 H (14 D + 2 H), full 2 D and
-one block whole. Twice that in fp32. A rough count of what autograd keeps: an estimate.
+Activations, in bytes per token and block, with g = 2 for a gated MLP and 1 for a plain one, an attention that stores no T x T
+matrix and ``bf16_autocast``, whose residual stream is in fp32:
+
+======================================  ==================
+kernels of this project                 28 D + (2 + 2 g) H
+torch's operations, compiled            26 D + (2 + 2 g) H
+torch's operations, not compiled        36 D + 4 g H
+selective checkpointing                 16 D + 2 g H
+full checkpointing                      4 D, and one block
+======================================  ==================
+
+A count of what autograd keeps. ViT-L with 256 images on an H200 (docs/performance.md): 71.1 GB by the first row where a step
+took 73.0 GB in all, 67.8 GB by the second where it took 70.1.
 
 Legend: D width, H hidden width of the MLP, T tokens.
 """
@@ -31,7 +41,7 @@ Legend: D width, H hidden width of the MLP, T tokens.
 from __future__ import annotations
 
 from nepa_dist import cost
-from nepa_dist.config import Config
+from nepa_dist.config import Config, kernels_obstacle
 from nepa_dist.heads import upernet_cost
 
 BUCKET_NUMEL = 50_000_000
@@ -119,10 +129,22 @@ def activation_bytes(config: Config, num_tokens: int) -> int:
     model, engine = config.model, config.engine
     D, H = model.embed_dim, model.mlp_hidden_dim_
     gate = 2 if model.gated_mlp else 1
-    whole = 16 * D + 2 * gate * H if engine.compile else 22 * D + (2 + 2 * gate) * H
-    per_block = {"none": whole, "selective": min(whole, 14 * D + 2 * gate * H), "full": 2 * D}[engine.activation_checkpointing]
+    low = 4 if engine.precision == "fp32" else 2
+    stream = 2 if engine.precision == "bf16_params" else 4
+    if (
+        engine.kernels != "torch"
+        and kernels_obstacle(model, engine, "cuda" if engine.device == "auto" else engine.device) is None
+    ):
+        whole = 10 * D * low + 2 * D * stream + (1 + gate) * H * low
+    elif engine.compile:
+        whole = 9 * D * low + 2 * D * stream + (1 + gate) * H * low
+    else:
+        copies = 8 * D if engine.precision == "bf16_autocast" else 0  # of queries and keys, whose norms are in fp32
+        whole = 10 * D * low + 2 * D * stream + copies + 2 * gate * H * low
+    selective = 6 * D * low + D * stream + gate * H * low
+    per_block = {"none": whole, "selective": min(whole, selective), "full": D * stream}[engine.activation_checkpointing]
     once = whole if engine.activation_checkpointing == "full" else 0
-    backbone = (per_block * model.depth + once) * num_tokens * (2 if engine.precision == "fp32" else 1)
+    backbone = (per_block * model.depth + once) * num_tokens
     return backbone + _head_activation_bytes(config)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from nepa_dist.config import Config, ConfigError, ModelConfig
+from nepa_dist.config import Config, ConfigError, kernels_obstacle
 
 
 class Plan(NamedTuple):
@@ -155,20 +155,7 @@ def _engine_problems(config: Config) -> list[str]:
     if kernel in ("efficient", "cudnn") and engine.precision != "fp32" and model.head_dim % 8:
         width = f"{model.embed_dim} / {model.num_heads}"
         problems.append(f"engine.attention {kernel} needs a head width that is a multiple of 8, got {width}; use sdpa")
-    if engine.kernels == "triton":
-        reasons = kernel_obstacles(model, engine.name)
-        if engine.device == "cpu":
-            reasons.append("they need a GPU, and engine.device is cpu")
-        problems += [f"engine.kernels triton: {reason}; use auto or torch" for reason in reasons]
+    device = "cuda" if engine.device == "auto" else engine.device
+    if engine.kernels == "triton" and (reason := kernels_obstacle(model, engine, device)):
+        problems.append(f"engine.kernels triton: {reason}; use auto or torch")
     return problems
-
-
-def kernel_obstacles(model: ModelConfig, engine: str) -> list[str]:
-    """Why ``engine.kernels: triton`` cannot be used on any device.
-
-    Args:
-        model: what the blocks are made of.
-        engine: ``engine.name``.
-    """
-    missing = [f"model.{name} is off" for name in ("layer_scale", "qk_norm", "rope") if not getattr(model, name)]
-    return missing + (["zero3 has a layer's weights only while that layer runs"] if engine == "zero3" else [])

@@ -29,7 +29,7 @@ def build_report(config: Config, num_samples: int | None, note: str = "") -> str
         ("Model", _model_rows(config, plan)),
         ("Schedule", _schedule_rows(config, plan, num_samples, steps, note)),
         (f"Memory per rank, engine {config.engine.name} (estimate)", _memory_rows(config, plan)),
-        (f"Time on {gpu_of(config).name}s (a model, not measured)", _time_rows(config, plan, steps)),
+        (f"Time on {gpu_of(config).name}s (a model, docs/performance.md)", _time_rows(config, plan, steps)),
     ]
     width = 2 + max(len(label) for _, rows in sections for label, _ in rows)
     lines = []

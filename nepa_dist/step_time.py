@@ -1,15 +1,15 @@
 r"""How long a step takes on a cluster, by formula: for ``--dry-run``. Imports no torch.
 
-A model, which no GPU has confirmed yet. A step is computation, the communication that it does not hide, and the optimizer.
-Every constant below says where it is from. Latency, waiting for data, stragglers and a GPU that lowers its clock are left out:
-a real step is slower.
+A model. Its shares of what a GPU can do are those of one H200, where it is within 5 % of ViT-L and ViT-B (docs/performance.md);
+nothing with several GPUs has confirmed it. A step is computation, the communication that it does not hide, and the optimizer.
+Every constant below says where it is from. Latency, waiting for data and stragglers are left out: a real step is slower.
 
 Computation of one micro-batch, the larger of what the GPU needs and what the host needs to start its kernels:
 
 - matrix products: operations of the linear layers / MATMUL_SHARE of the peak;
 - attention: operations by the full count / ATTENTION_SHARE of the peak;
-- all else is bound by memory: 74 D + 21 H bytes per token and block (plain MLP: 74 D + 12 H) when compiled, EAGER_TRAFFIC times
-  as much when not; and with bf16 the casts of weights and gradients, 12 bytes per parameter.
+- all else is bound by memory, bytes per token and block by TRAFFIC; and with bf16 the casts of weights and gradients, 12 bytes
+  per parameter.
 
 Communication over a ring of n ranks, V bytes: (n - 1) / n V for a gather or a reduce-scatter, twice that for an all-reduce.
 With P parameters, w bytes each when gathered and g when reduced, per update, where ``micro`` is for each micro-batch:
@@ -37,7 +37,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from nepa_dist import cost
-from nepa_dist.config import Config
+from nepa_dist.config import Config, kernels_obstacle
 from nepa_dist.memory import head_flops, num_parameters
 from nepa_dist.plan import Plan
 
@@ -51,7 +51,7 @@ class Gpu(NamedTuple):
     peak_fp32: float
     """The same in fp32 without tensor cores (data sheet)."""
     memory_bandwidth: float
-    """Bytes per second that a plain kernel reaches: 90 % of the data sheet's."""
+    """Bytes per second (data sheet)."""
 
 
 class Fabric(NamedTuple):
@@ -65,9 +65,9 @@ class Fabric(NamedTuple):
 
 
 GPUS = {
-    "h100": Gpu("H100", 989e12, 67e12, 0.9 * 3.35e12),
-    "h200": Gpu("H200", 989e12, 67e12, 0.9 * 4.8e12),
-    "a100": Gpu("A100", 312e12, 19.5e12, 0.9 * 2.0e12),
+    "h100": Gpu("H100", 989e12, 67e12, 3.35e12),
+    "h200": Gpu("H200", 989e12, 67e12, 4.8e12),
+    "a100": Gpu("A100", 312e12, 19.5e12, 2.0e12),
 }
 LINK_SHARE = 0.875
 """Of a network card's speed that a large collective gets: 350 GB/s of 8 x 400 Gb/s (published nccl-tests of H100 nodes)."""
@@ -76,16 +76,37 @@ FABRICS = (
     Fabric("8 x 400 Gb/s per node", _NVLINK, LINK_SHARE * 8 * 400e9 / 8),
     Fabric("1 x 100 Gb/s per node", _NVLINK, LINK_SHARE * 100e9 / 8),
 )
-MATMUL_SHARE = 0.76
-"""Of the bf16 peak, in the shapes of these models: 750 of 989 TFLOP/s; large squares gave 769 to 798 on one H200."""
-ATTENTION_SHARE = 0.3
-"""Of the peak, by attention over 256 tokens of head width 64, forward and backward: published kernels in small shapes."""
-EAGER_TRAFFIC = 4.0
-"""Uncompiled blocks over compiled ones in bytes: what makes 30 % of the peak from 50 %, as published for ViTs with RoPE."""
-KERNELS_PER_BLOCK = {False: 120, True: 40}
-"""Forward and backward, by whether it is compiled: 40 of a forward, thrice that with backward, an assumed third if fused."""
+MATMUL_SHARE = 0.69
+"""Of the bf16 peak, in a whole step of these models, where an H200 lowers its clock for want of power: 0.68 in ViT-L, 0.77 in
+ViT-B, 0.65 to 0.74 of large products alone."""
+ATTENTION_SHARE = 0.195
+"""Of the peak, by attention over 256 tokens of head width 64, forward and backward: cuDNN's on an H200, 0.19 and 0.20."""
+MEMORY_SHARE = 0.78
+"""Of the data sheet's bandwidth, by kernels between products on an H200: 0.74 to 0.89 each; a plain copy reaches 0.89."""
+
+
+class Traffic(NamedTuple):
+    """Bytes per token and block of a way to run what lies between the products: ``of_width`` D + ``of_hidden`` H."""
+
+    of_width: int
+    gated: int
+    """``of_hidden`` of a gated MLP."""
+    plain: int
+    """``of_hidden`` of a plain one."""
+
+
+TRAFFIC = {
+    ("kernels", True): Traffic(92, 16, 10),
+    ("kernels", False): Traffic(122, 16, 10),
+    ("torch", True): Traffic(134, 24, 12),
+    ("torch", False): Traffic(390, 49, 30),
+}
+"""By who makes the kernels, and whether blocks are compiled. Counted: each tensor once for each kernel that reads or writes it;
+the last row is a guess from published steps of ViTs with RoPE that are not compiled."""
+KERNELS_PER_BLOCK = {False: 120, True: 65}
+"""Forward and backward, by whether it is compiled: 40 of a forward, thrice that with backward; compiled, counted in a trace."""
 LAUNCH_SECONDS = 7.5e-6
-"""Host time to start one kernel: 5 to 10 microseconds."""
+"""Host time to start one kernel: 5 to 10 microseconds, assumed; a trace on an H200 has 65, with the profiler's own work."""
 
 
 class StepTime(NamedTuple):
@@ -146,14 +167,16 @@ def _compute(config: Config, plan: Plan, gpu: Gpu) -> tuple[float, float, float]
     peak = gpu.peak_fp32 if fp32 else gpu.peak_bf16
     attention_ops = 3 * model.depth * T * 4 * T * D
     linear_ops = cost.train_flops(model, num_tokens=T, causal=False) - attention_ops + 3 * head_flops(config)
-    per_token = (74 * D + (21 if model.gated_mlp else 12) * H) * (2 if fp32 else 1)
-    traffic = per_token * T * model.depth * (1.0 if engine.compile else EAGER_TRAFFIC)
+    own = engine.kernels != "torch" and kernels_obstacle(model, engine, "cuda") is None
+    per_token = TRAFFIC["kernels" if own else "torch", engine.compile]
+    hidden = per_token.gated if model.gated_mlp else per_token.plain
+    traffic = (per_token.of_width * D + hidden * H) * T * model.depth * (2 if fp32 else 1)
     again = {"none": (0.0, 0.0), "selective": (0.0, 1 / 3), "full": (1 / 3, 1 / 3)}[engine.activation_checkpointing]
     casts = 0 if fp32 else 12 * num_parameters(config) * plan.grad_accum_steps
     return (
         images * linear_ops * (1 + again[0]) / (MATMUL_SHARE * peak),
         images * attention_ops * (1 + again[0]) / (ATTENTION_SHARE * peak),
-        (images * traffic * (1 + again[1]) + casts) / gpu.memory_bandwidth,
+        (images * traffic * (1 + again[1]) + casts) / (MEMORY_SHARE * gpu.memory_bandwidth),
     )
 
 
@@ -161,7 +184,7 @@ def _optimizer(config: Config, gpu: Gpu) -> float:
     """Norm reads 4 bytes of each parameter, clipping moves 8, AdamW 28, the average 12."""
     shards = config.cluster.world_size if config.engine.name.startswith("zero") else config.state_shards
     moved = 32 + (8 if config.optim.clip_grad_norm else 0) + (12 if config.optim.ema_decay else 0)
-    return moved * num_parameters(config) / shards / gpu.memory_bandwidth
+    return moved * num_parameters(config) / shards / (MEMORY_SHARE * gpu.memory_bandwidth)
 
 
 class Volume(NamedTuple):

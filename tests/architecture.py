@@ -106,7 +106,7 @@ ARROWS: dict[str, set[str]] = {
     "guard": {"state"},
     "model": {"attention", "config", "keyed", "linear", "presets"},
     "fp8": set(),
-    "fused": {"kernels", "linear", "model", "plan"},
+    "fused": {"config", "kernels", "linear", "model"},
     "kernels": set(),
     "linear": set(),
     "attention": set(),

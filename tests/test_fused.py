@@ -12,7 +12,7 @@ import torch
 
 import nepa_dist
 from nepa_dist import fused
-from nepa_dist.config import Config, ConfigError
+from nepa_dist.config import Config, ConfigError, EngineConfig
 from nepa_dist.engines.prepare import prepare
 from nepa_dist.model import Block, rotary_table
 from nepa_dist.plan import cross_field_problems
@@ -22,7 +22,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODEL = {"preset": "vit_tiny", "image_size": 64, "patch_size": 16, "depth": 2, "layer_scale_init": 0.5, "qkv_bias": True}
 PLAIN = {"gated_mlp": False, "activation": "gelu", "qk_norm_affine": True}
 only_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="too large for a CPU")
-needs_triton = pytest.mark.skipif(fused._load() is not None, reason="needs Triton")
+needs_triton = pytest.mark.skipif(fused.load() is not None, reason="needs Triton")
 
 
 def make_block(**model):
@@ -144,13 +144,8 @@ def test_what_no_device_can_run_is_refused_before_work_starts_and_all_of_it_at_o
     engine = {"name": "zero3", "device": "cpu"}
     found = [text for text in cross_field_problems(settings(qk_norm=False, rope=False, engine=engine)) if "kernels" in text]
     assert found == [
-        f"engine.kernels triton: {reason}; use auto or torch"
-        for reason in (
-            "model.qk_norm is off",
-            "model.rope is off",
-            "zero3 has a layer's weights only while that layer runs",
-            "they need a GPU, and engine.device is cpu",
-        )
+        "engine.kernels triton: model.qk_norm is off, model.rope is off, "
+        "zero3 has a layer's weights only while that layer runs, they need a GPU, not a cpu; use auto or torch"
     ]
     assert not [text for text in cross_field_problems(settings()) if "kernels" in text]
     assert not [text for text in cross_field_problems(settings(engine={**engine, "kernels": "auto"})) if "kernels" in text]
@@ -162,21 +157,22 @@ def test_without_triton_it_says_so_and_auto_goes_on(monkeypatch):
     config = settings()
     with pytest.raises(ConfigError, match="Triton is missing"):
         prepare(build_task(config), config.engine, torch.device("cuda"))
-    assert not fused.wanted("auto", config.model, "ddp", torch.device("cuda"))
+    assert not fused.wanted(config.model, settings(engine={"kernels": "auto"}).engine, torch.device("cuda"))
 
 
 @needs_triton
 def test_without_a_compiler_it_says_so_and_auto_goes_on(monkeypatch, caplog):
-    monkeypatch.setattr(fused, "_obstacle", lambda *_: None)
-    assert fused.wanted("auto", settings().model, "ddp", DEVICE)
+    monkeypatch.setattr(fused, "kernels_obstacle", lambda *_: None)
+    config, auto = settings(), EngineConfig(kernels="auto")
+    assert fused.wanted(config.model, auto, DEVICE)
     assert not caplog.records
     broken = unittest.mock.MagicMock(**{"add_forward.__getitem__.side_effect": RuntimeError("Failed to find C compiler")})
     monkeypatch.setattr(fused, "kernels", fused.kernels)  # put back after the test
     monkeypatch.setitem(sys.modules, "nepa_dist.kernels", broken)
     monkeypatch.setattr(nepa_dist, "kernels", broken)
     with pytest.raises(ValueError, match=r"cannot run a kernel here \(RuntimeError: Failed to find C compiler\)"):
-        fused.wanted("triton", settings().model, "ddp", DEVICE)
-    assert not fused.wanted("auto", settings().model, "ddp", DEVICE)
+        fused.wanted(config.model, config.engine, DEVICE)
+    assert not fused.wanted(config.model, auto, DEVICE)
     assert "Failed to find C compiler" in caplog.text
 
 

@@ -11,7 +11,7 @@ from nepa_dist import fused
 from spawn import run_ranks
 from test_engines import assert_equal, train
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available() or fused._load() is not None, reason="needs Triton, interpreted")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available() or fused.load() is not None, reason="needs Triton, interpreted")
 
 
 RUNS = [(name, precision) for name in ("ddp", "fsdp2", "zero2") for precision in ("fp32", "bf16_params")]
@@ -19,7 +19,7 @@ RUNS = [(name, precision) for name in ("ddp", "fsdp2", "zero2") for precision in
 
 def every_run():
     """Two steps of two micro-batches each, of a tiny model, for an interpreter is slow."""
-    fused._obstacle = lambda *_: None  # all this is of a rank's own process
+    fused.kernels_obstacle = lambda *_: None  # all this is of a rank's own process
     fused.ROW_PROGRAMS = 4
     test_engines.MODEL = test_engines.MODEL | {"patch_size": 16}
     test_engines.BATCH = 8

@@ -67,7 +67,7 @@ def prepare(task: Task, config: EngineConfig, device: torch.device) -> None:
         attend = choose_attention(config.attention, device)
         if config.fp8 != "off":
             convert(cast(Any, task.backbone.blocks), config.fp8, device)
-        fused = wanted(config.kernels, task.backbone.config, config.name, device)
+        fused = wanted(task.backbone.config, config, device)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     fastest = "matmul" if device.type == "cuda" else "conv"
