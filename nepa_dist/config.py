@@ -135,11 +135,12 @@ class EngineConfig(Section):
 
 def kernels_obstacle(model: ModelConfig, engine: EngineConfig, device: str) -> str | None:
     """Why blocks cannot run on this project's kernels on a kind of device (cuda, cpu), or None if they can."""
-    if device != "cuda":
-        return f"they need a GPU, not a {device}"
+    reasons = [f"model.{name} is off" for name in ("layer_scale", "qk_norm", "rope") if not getattr(model, name)]
     if engine.name == "zero3":
-        return "zero3 has a layer's weights only while that layer runs"
-    return next((f"model.{name} is off" for name in ("layer_scale", "qk_norm", "rope") if not getattr(model, name)), None)
+        reasons.append("zero3 has a layer's weights only while that layer runs")
+    if device != "cuda":
+        reasons.append(f"they need a GPU, not a {device}")
+    return ", ".join(reasons) or None
 
 
 class GuardConfig(Section):

@@ -4,16 +4,21 @@ Between two matrix products there is one kernel each way. Biases are added by th
 over tokens, are made where the gradient of the products is, and not in another pass over it. So a layer here gives its output
 and its bias (:func:`_linear`), and what comes next is a function of both.
 
+A backward pass keeps what the kernels before the products made, and of a sum its result: norms and activations are computed
+again from it. Gradients have no gradients. Arithmetic is described in :mod:`nepa_dist.kernels`.
+
 Legend: B images, T tokens, D width, H hidden width of the MLP, N heads, K head width.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nepa_dist.config import kernels_obstacle
 from nepa_dist.linear import Linear
@@ -22,6 +27,8 @@ from nepa_dist.model import Block
 if TYPE_CHECKING:
     from nepa_dist.config import EngineConfig, ModelConfig
     from nepa_dist.model import Rotary
+
+_log = logging.getLogger(__name__)
 
 kernels: Any = None
 """The module of the Triton kernels, once it is imported."""
@@ -35,6 +42,8 @@ ROW_PROGRAMS = 528
 def wanted(model: ModelConfig, engine: EngineConfig, device: torch.device) -> bool:
     """Whether blocks run on these kernels; if they do, the kernels are imported.
 
+    With ``auto`` they do wherever they can; if it is only Triton that fails on this machine, a warning says so.
+
     Args:
         model: what the blocks are made of.
         engine: ``kernels`` and ``name``.
@@ -45,9 +54,13 @@ def wanted(model: ModelConfig, engine: EngineConfig, device: torch.device) -> bo
     """
     if engine.kernels == "torch":
         return False
-    reason = kernels_obstacle(model, engine, device.type) or load()
+    never = kernels_obstacle(model, engine, device.type)
+    not_here = None if never else load() or _trial(device)
+    reason = never or not_here
     if reason and engine.kernels == "triton":
         raise ValueError(f"engine.kernels triton: {reason}; use auto or torch")
+    if not_here:
+        _log.warning("engine.kernels auto: %s; blocks run on torch's operations, which is slower", not_here)
     return reason is None
 
 
@@ -59,6 +72,16 @@ def load() -> str | None:
     except ImportError as error:
         return f"Triton is missing ({error}): it comes with torch's builds for GPUs"
     kernels = module
+    return None
+
+
+def _trial(device: torch.device) -> str | None:
+    """Run a kernel, or say why it cannot be done: that takes a C compiler, headers of Python and a GPU that Triton knows."""
+    x = torch.ones(1, 1, 1, device=device)
+    try:
+        Add.apply(x, x.bfloat16(), None, x.flatten(), None)
+    except Exception as error:
+        return f"Triton cannot run a kernel here ({type(error).__name__}: {error})"
     return None
 
 
@@ -123,7 +146,7 @@ class Heads(torch.autograd.Function):
         qkv = qkv.contiguous()
         q, k = (torch.empty(B, T, heads, 2 * half, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
         scales = qkv if weights is None else weights
-        grid = (heads, -(-B * T // 32))
+        grid = (heads * -(-B * T // 32),)
         sizes = {"EPS": eps, "HEADS": heads, "HALF": half, "AFFINE": weights is not None, "R": 32, "C": _power(half)}
         kernels.heads_forward[grid](qkv, cos, sin, scales, q, k, B * T, T, **sizes, num_warps=4)
         ctx.save_for_backward(qkv, weights, cos, sin)
@@ -131,6 +154,7 @@ class Heads(torch.autograd.Function):
         return q, k, qkv.view(B, T, 3, heads, 2 * half)[:, :, 2]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         qkv, weights, cos, sin = ctx.saved_tensors
         heads = ctx.heads
@@ -180,6 +204,7 @@ class AddNorm(torch.autograd.Function):
         return out, normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
         out, branch, gamma, kept, weight, mean, scale = ctx.saved_tensors
         B, T, D = out.shape
@@ -222,13 +247,14 @@ class Activation(torch.autograd.Function):
         hidden = width // 2 if gated else width
         h = h.contiguous()
         y = torch.empty(B, T, hidden, dtype=h.dtype, device=h.device)
-        grid = (-(-hidden // 128), -(-B * T // 32))
+        grid = (-(-hidden // 128) * -(-B * T // 32),)
         kernels.activation_forward[grid](h, y, B * T, H=hidden, GATED=gated, GELU=gelu, R=32, C=128, num_warps=8)
         ctx.save_for_backward(h)
         ctx.gated, ctx.gelu, ctx.bias_dtype = gated, gelu, None if bias is None else bias.dtype
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (h,) = ctx.saved_tensors
         B, T, hidden = dy.shape
@@ -251,13 +277,14 @@ class Add(torch.autograd.Function):
         out = torch.empty(B, T, D, dtype=torch.promote_types(x.dtype, gamma.dtype), device=x.device)
         sizes = {"D": D, "KEPT": kept is not None, "R": 8, "C": 512}
         factors = gamma if kept is None else kept
-        grid = (-(-D // 512), -(-B * T // 8))
+        grid = (-(-D // 512) * -(-B * T // 8),)
         kernels.add_forward[grid](x, branch, gamma, factors, out, B * T, T, **sizes, num_warps=8)
         ctx.save_for_backward(branch, gamma, kept)
         ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         branch, gamma, kept = ctx.saved_tensors
         B, T, D = branch.shape

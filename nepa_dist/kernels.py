@@ -32,10 +32,21 @@ def _slope(x, GELU: tl.constexpr):
 
 
 @triton.jit
+def _place(WIDTH: tl.constexpr, C: tl.constexpr):
+    """Which C columns of WIDTH, and which tile of tokens, this program is for, the columns of one tile side by side.
+
+    The programs of a large batch are more than the 65,535 that a GPU takes along any axis of a grid but the first.
+    """
+    parts: tl.constexpr = (WIDTH + C - 1) // C
+    return tl.program_id(0) % parts, tl.program_id(0) // parts
+
+
+@triton.jit
 def activation_forward(h, y, n, H: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """y [n, H] = act(h), or act(gate) * up with h = [gate, up] [n, 2 H]."""
-    columns = tl.program_id(0) * C + tl.arange(0, C)[None, :]
-    rows = (tl.program_id(1) * R + tl.arange(0, R)[:, None]).to(tl.int64)
+    part, tile = _place(H, C)
+    columns = part * C + tl.arange(0, C)[None, :]
+    rows = (tile * R + tl.arange(0, R)[:, None]).to(tl.int64)
     inside = (rows < n) & (columns < H)
     width: tl.constexpr = 2 * H if GATED else H
     at = h + rows * width + columns
@@ -128,13 +139,14 @@ def heads_forward(
 
     The tables [T, K] of cosines and sines have equal halves, of which the first is read.
     """
+    number, tile = _place(HEADS, 1)
     columns = tl.arange(0, C)[None, :]
-    rows = tl.program_id(1) * R + tl.arange(0, R)[:, None]
+    rows = tile * R + tl.arange(0, R)[:, None]
     inside = (rows < n) & (columns < HALF)
     table = (rows % T) * (2 * HALF) + columns
     c = tl.load(cos + table, inside, other=0.0)
     s = tl.load(sin + table, inside, other=0.0)
-    head = tl.program_id(0) * 2 * HALF + columns
+    head = number * 2 * HALF + columns
     at = rows.to(tl.int64) * (HEADS * 2 * HALF)
     for part in tl.static_range(2):
         a, b = _halves(qkv + 3 * at + part * HEADS * 2 * HALF + head, inside, HALF)
@@ -339,8 +351,9 @@ def add_norm_backward(
 @triton.jit
 def add_forward(x, branch, gamma, kept, out, n, T, D: tl.constexpr, KEPT: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """out = x + kept * gamma * branch [n, D]."""
-    columns = tl.program_id(0) * C + tl.arange(0, C)[None, :]
-    rows = tl.program_id(1) * R + tl.arange(0, R)[:, None]
+    part, tile = _place(D, C)
+    columns = part * C + tl.arange(0, C)[None, :]
+    rows = tile * R + tl.arange(0, R)[:, None]
     inside = (rows < n) & (columns < D)
     at = rows.to(tl.int64) * D + columns
     value = tl.load(branch + at, inside, other=0.0).to(tl.float32)

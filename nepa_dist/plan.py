@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from nepa_dist.config import Config, ConfigError
+from nepa_dist.config import Config, ConfigError, kernels_obstacle
 
 
 class Plan(NamedTuple):
@@ -155,4 +155,7 @@ def _engine_problems(config: Config) -> list[str]:
     if kernel in ("efficient", "cudnn") and engine.precision != "fp32" and model.head_dim % 8:
         width = f"{model.embed_dim} / {model.num_heads}"
         problems.append(f"engine.attention {kernel} needs a head width that is a multiple of 8, got {width}; use sdpa")
+    device = "cuda" if engine.device == "auto" else engine.device
+    if engine.kernels == "triton" and (reason := kernels_obstacle(model, engine, device)):
+        problems.append(f"engine.kernels triton: {reason}; use auto or torch")
     return problems

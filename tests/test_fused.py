@@ -5,15 +5,17 @@ Without a GPU Triton interprets the kernels (tests/conftest.py); with one they r
 
 import sys
 import types
+import unittest.mock
 
 import pytest
 import torch
 
 import nepa_dist
 from nepa_dist import fused
-from nepa_dist.config import Config, ConfigError
+from nepa_dist.config import Config, ConfigError, EngineConfig
 from nepa_dist.engines.prepare import prepare
-from nepa_dist.model import rotary_table
+from nepa_dist.model import Block, rotary_table
+from nepa_dist.plan import cross_field_problems
 from nepa_dist.tasks.build import build_task
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,6 +140,17 @@ def test_where_they_cannot_be_used_it_says_why(values, device, message):
         prepare(build_task(config), config.engine, torch.device(device))
 
 
+def test_what_no_device_can_run_is_refused_before_work_starts_and_all_of_it_at_once():
+    engine = {"name": "zero3", "device": "cpu"}
+    found = [text for text in cross_field_problems(settings(qk_norm=False, rope=False, engine=engine)) if "kernels" in text]
+    assert found == [
+        "engine.kernels triton: model.qk_norm is off, model.rope is off, "
+        "zero3 has a layer's weights only while that layer runs, they need a GPU, not a cpu; use auto or torch"
+    ]
+    assert not [text for text in cross_field_problems(settings()) if "kernels" in text]
+    assert not [text for text in cross_field_problems(settings(engine={**engine, "kernels": "auto"})) if "kernels" in text]
+
+
 def test_without_triton_it_says_so_and_auto_goes_on(monkeypatch):
     monkeypatch.setitem(sys.modules, "nepa_dist.kernels", None)
     monkeypatch.delattr(nepa_dist, "kernels", raising=False)
@@ -147,8 +160,63 @@ def test_without_triton_it_says_so_and_auto_goes_on(monkeypatch):
     assert not fused.wanted(config.model, settings(engine={"kernels": "auto"}).engine, torch.device("cuda"))
 
 
+@needs_triton
+def test_without_a_compiler_it_says_so_and_auto_goes_on(monkeypatch, caplog):
+    monkeypatch.setattr(fused, "kernels_obstacle", lambda *_: None)
+    config, auto = settings(), EngineConfig(kernels="auto")
+    assert fused.wanted(config.model, auto, DEVICE)
+    assert not caplog.records
+    broken = unittest.mock.MagicMock(**{"add_forward.__getitem__.side_effect": RuntimeError("Failed to find C compiler")})
+    monkeypatch.setattr(fused, "kernels", fused.kernels)  # put back after the test
+    monkeypatch.setitem(sys.modules, "nepa_dist.kernels", broken)
+    monkeypatch.setattr(nepa_dist, "kernels", broken)
+    with pytest.raises(ValueError, match=r"cannot run a kernel here \(RuntimeError: Failed to find C compiler\)"):
+        fused.wanted(config.model, config.engine, DEVICE)
+    assert not fused.wanted(config.model, auto, DEVICE)
+    assert "Failed to find C compiler" in caplog.text
+
+
 def test_a_cpu_keeps_its_blocks():
     config = settings(engine={"kernels": "auto"})
     task = build_task(config)
     prepare(task, config.engine, torch.device("cpu"))
     assert "forward" not in vars(task.backbone.blocks[0])
+
+
+@needs_triton
+def test_a_gradient_of_a_gradient_is_refused():
+    config, block = make_block()
+    x = torch.randn(1, 17, 192, device=DEVICE, requires_grad=True)
+    y = fused.block_forward(block, x, rotary_table(config, (4, 4), DEVICE), True)
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+class Grids:
+    """Kernels that do nothing but say how many programs they would be."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def __getattr__(self, name):
+        kernel = unittest.mock.MagicMock()
+        kernel.__getitem__.side_effect = lambda grid: self.seen.update({name: grid}) or (lambda *_, **__: None)
+        return kernel
+
+
+def test_a_large_batch_has_no_more_programs_than_a_gpu_takes(monkeypatch):
+    """Of a grid a GPU takes 2^31 programs along the first axis and 65,535 along the others."""
+    grids = Grids()
+    monkeypatch.setattr(fused, "kernels", grids)
+    config = Config.model_validate({"model": MODEL | {"image_size": 224, "patch_size": 14}}).model
+    with torch.device("meta"):
+        block = Block(config, 0.0)
+        rotary = rotary_table(config, (16, 16), torch.device("meta"))
+        block.attn.attend = lambda q, k, v, causal: q + k + v
+        x = torch.empty(16384, 257, config.embed_dim, requires_grad=True)
+        fused.block_forward(block, x, rotary, True).sum().backward()
+    assert len(grids.seen) == 8
+    for name, (first, *others) in grids.seen.items():
+        assert first < 2**31, name
+        assert all(other < 2**16 for other in others), name
