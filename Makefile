@@ -57,7 +57,7 @@ test-slurm: setup
 
 # On one GPU; skipped where there is none.
 test-gpu: setup
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 4 --dist worksteal tests/test_gpu.py $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 4 --dist worksteal tests/test_gpu.py tests/test_fused.py $(ARGS)
 
 lint: setup
 	$(RUN) -m ruff check .
