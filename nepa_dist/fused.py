@@ -77,8 +77,8 @@ def load() -> str | None:
 
 def _trial(device: torch.device) -> str | None:
     """Run a kernel, or say why it cannot be done: that takes a C compiler, headers of Python and a GPU that Triton knows."""
-    x = torch.ones(1, 1, 1, device=device)
     try:
+        x = torch.ones(1, 1, 1, device=device)
         Add.apply(x, x.bfloat16(), None, x.flatten(), None)
     except Exception as error:
         return f"Triton cannot run a kernel here ({type(error).__name__}: {error})"
