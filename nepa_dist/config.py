@@ -143,6 +143,11 @@ def kernels_obstacle(model: ModelConfig, engine: EngineConfig, device: str) -> s
     return ", ".join(reasons) or None
 
 
+def gpu_kernels(model: ModelConfig, engine: EngineConfig) -> bool:
+    """Whether blocks will run on this project's kernels, as far as settings tell: with a GPU, unless they ask for a CPU."""
+    return engine.kernels != "torch" and kernels_obstacle(model, engine, "cpu" if engine.device == "cpu" else "cuda") is None
+
+
 class GuardConfig(Section):
     """When a run that goes wrong must end."""
 

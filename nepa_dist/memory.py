@@ -41,7 +41,7 @@ Legend: D width, H hidden width of the MLP, T tokens.
 from __future__ import annotations
 
 from nepa_dist import cost
-from nepa_dist.config import Config, kernels_obstacle
+from nepa_dist.config import Config, gpu_kernels
 from nepa_dist.heads import upernet_cost
 
 BUCKET_NUMEL = 50_000_000
@@ -131,10 +131,7 @@ def activation_bytes(config: Config, num_tokens: int) -> int:
     gate = 2 if model.gated_mlp else 1
     low = 4 if engine.precision == "fp32" else 2
     stream = 2 if engine.precision == "bf16_params" else 4
-    if (
-        engine.kernels != "torch"
-        and kernels_obstacle(model, engine, "cuda" if engine.device == "auto" else engine.device) is None
-    ):
+    if gpu_kernels(model, engine):
         whole = 10 * D * low + 2 * D * stream + (1 + gate) * H * low
     elif engine.compile:
         whole = 9 * D * low + 2 * D * stream + (1 + gate) * H * low

@@ -37,7 +37,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from nepa_dist import cost
-from nepa_dist.config import Config, kernels_obstacle
+from nepa_dist.config import Config, gpu_kernels
 from nepa_dist.memory import head_flops, num_parameters
 from nepa_dist.plan import Plan
 
@@ -167,8 +167,7 @@ def _compute(config: Config, plan: Plan, gpu: Gpu) -> tuple[float, float, float]
     peak = gpu.peak_fp32 if fp32 else gpu.peak_bf16
     attention_ops = 3 * model.depth * T * 4 * T * D
     linear_ops = cost.train_flops(model, num_tokens=T, causal=False) - attention_ops + 3 * head_flops(config)
-    own = engine.kernels != "torch" and kernels_obstacle(model, engine, "cuda") is None
-    per_token = TRAFFIC["kernels" if own else "torch", engine.compile]
+    per_token = TRAFFIC["kernels" if gpu_kernels(model, engine) else "torch", engine.compile]
     hidden = per_token.gated if model.gated_mlp else per_token.plain
     traffic = (per_token.of_width * D + hidden * H) * T * model.depth * (2 if fp32 else 1)
     again = {"none": (0.0, 0.0), "selective": (0.0, 1 / 3), "full": (1 / 3, 1 / 3)}[engine.activation_checkpointing]
