@@ -115,23 +115,22 @@ def test_a_container_goes_to_another_process(tmp_path: Path, method: str) -> Non
     assert _labels(pickle.loads(pickle.dumps(split))) == expected  # noqa: S301
 
 
-def _open_paths() -> int:
-    return sum(".tar" in os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_open(fd))
-
-
-def _is_open(descriptor: str) -> bool:
-    return os.path.lexists(f"/proc/self/fd/{descriptor}")
+def _open_shards(folder: Path) -> int:
+    """Shards below a folder that this process has open; other tests may have left some of theirs open."""
+    descriptors = [Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    opened = [path.readlink() for path in descriptors if path.is_symlink()]
+    return sum(path.suffix == ".tar" and path.is_relative_to(folder) for path in opened)
 
 
 @pytest.mark.parametrize("access", ["mmap", "pread"])
 def test_no_more_files_are_open_than_allowed(tmp_path: Path, access: Literal["mmap", "pread"]) -> None:
     write_split(tmp_path / "train", "tar", make_samples(8), shards=8)
     split = PreparedContainer(tmp_path / "train", access=access, max_open=2)
-    assert _open_paths() == 0
+    assert _open_shards(tmp_path) == 0
     assert _labels(split) == [i % 3 for i in range(8)] == _labels(split)
-    assert _open_paths() == 2
+    assert _open_shards(tmp_path) == 2
     del split
-    assert _open_paths() == 0
+    assert _open_shards(tmp_path) == 0
 
 
 def test_the_index_stays_in_its_file(tmp_path: Path) -> None:
