@@ -308,8 +308,8 @@ def name_problem(text: str) -> str:
 
 _NOT_IDENTITY = {"name", "run_root", "cluster", "checkpoint", "evaluate", "metrics", "guard", "micro_batch_size"}
 _NOT_IDENTITY |= {f"data.{key}" for key in DataConfig.model_fields if key not in ("augment", "block_shards", "mean", "std")}
-# Every engine gives the same numbers; a run may move between them.
-_NOT_IDENTITY |= {f"engine.{key}" for key in EngineConfig.model_fields if key not in ("precision", "reduce_dtype")}
+# Every engine gives the same numbers, but for what rounds them; a run may move between them.
+_NOT_IDENTITY |= {f"engine.{key}" for key in EngineConfig.model_fields if key not in ("precision", "reduce_dtype", "fp8")}
 
 
 _SECTION_OF_TASK = {"pretrain": "objective", "finetune": "finetune", "segment": "segment"}

@@ -378,6 +378,8 @@ def test_settings_of_place_and_reporting_do_not_identify_a_run(override: str) ->
         ("data.mean=[0, 0, 0]", "data.mean"),
         ("optim.base_lr=1", "optim.base_lr"),
         ("engine.precision=fp32", "engine.precision"),
+        ("engine.reduce_dtype=bf16", "engine.reduce_dtype"),
+        ("engine.fp8=rowwise", "engine.fp8"),
     ],
 )
 def test_settings_that_shape_the_numbers_identify_a_run(override: str, key: str) -> None:
