@@ -14,11 +14,52 @@ from typing import NamedTuple
 
 PACKAGES = ("nepa_dist", "jobs", "data_prep")
 
-_SETTINGS = {"config", "plan", "presets"}  # config_base, config_data, ... are reached through config
-_LOOP = (
-    _SETTINGS
-    | {"checkpoint", "data", "engines", "guard", "intake", "keyed", "metrics", "online_knn", "optim"}
-    | {
+_DATA = {"data.classes", "data.containers", "data.device", "data.loader", "data.open", "data.order"}
+_MEASURES = {"metrics.collapse", "metrics.registry", "metrics.segmentation", "metrics.spread"}
+ARROWS: dict[str, set[str]] = {
+    "jobs": {
+        "config",
+        "config_cluster",
+        "config_load",
+        "cost",
+        "curves",
+        "data.augment",
+        "data.classes",
+        "data.containers",
+        "data.decode",
+        "data.loader",
+        "data.mounts",
+        "data.open",
+        "data.order",
+        "data_prep",
+        "guard",
+        "memory",
+        "metrics.registry",
+        "metrics.sinks",
+        "metrics.trackers",
+        "online_knn",
+        "pictures",
+        "plan",
+        "presets",
+        "report",
+        "run_folder",
+        "step_time",
+        "train",
+    },
+    "data_prep": {"data"},
+    "train": {
+        "checkpoint",
+        "config",
+        "curves",
+        "data",
+        "engines",
+        "guard",
+        "intake",
+        "keyed",
+        "metrics.trackers",
+        "online_knn",
+        "optim",
+        "plan",
         "reporting",
         "resume",
         "run",
@@ -29,59 +70,35 @@ _LOOP = (
         "tasks",
         "transfer",
         "validation",
-        "curves",
         "watchdog",
-    }
-)
-_MEASURES = {"metrics.collapse", "metrics.registry", "metrics.segmentation", "metrics.spread"}
-ARROWS: dict[str, set[str]] = {
-    "jobs": _SETTINGS
-    | {
-        "config_cluster",
-        "config_load",
-        "data.augment",
-        "data.classes",
-        "cost",
-        "data.containers",
-        "data.decode",
-        "data.loader",
-        "data.mounts",
-        "data.open",
-        "data.order",
-        "data_prep",
-        "evaluate",
-        "guard",
-        "memory",
-        "metrics.registry",
-        "metrics.sinks",
-        "metrics.trackers",
-        "online_knn",
-        "pictures",
-        "report",
-        "run_folder",
-        "step_time",
-        "train",
-        "curves",
-        "visualize",
     },
-    "data_prep": {"config", "data"},
-    "train": _LOOP,
     "arguments": set(),
-    "evaluate": _LOOP | {"arguments", "model", "probe_report", "trained"},
+    "evaluate": {"arguments", "checkpoint", "config", "metrics.collapse", "model", "probe_report", "tasks", "trained"} | _DATA,
     "probe_report": {"pictures", "run_folder"},
     "online_knn": {"config", "data.classes", "data.containers", "data.open", "online_probe"},
     "online_probe": {"config", "data", "model", "tasks"},
     "intake": {"data", "run"},
-    "run": _SETTINGS | {"checkpoint", "data", "engines", "metrics.profile", "state", "tasks"},
-    "resume": _SETTINGS | {"checkpoint", "data", "engines.base", "run", "run_folder", "state"},
-    "saving": _SETTINGS | {"checkpoint", "data", "reporting", "run", "run_folder", "state"},
+    "run": {"checkpoint", "config", "data", "engines", "metrics.profile", "plan", "state", "tasks"},
+    "resume": {"checkpoint", "config", "data", "engines.base", "run", "run_folder", "state"},
+    "saving": {"checkpoint", "data", "reporting", "run", "run_folder"},
     "labels": set(),
     "transfer": {"checkpoint.portable", "config", "names", "official", "tasks", "trained"},
-    "validation": _SETTINGS
-    | {"data", "engines", "guard", "labels", "provenance", "reporting", "run", "run_folder", "tasks", "watchdog"},
-    "score": _SETTINGS | {"checkpoint", "config_load", "data", "run_folder", "tasks", "trained", "validation"},
+    "validation": {
+        "config",
+        "data",
+        "engines",
+        "guard",
+        "labels",
+        "provenance",
+        "reporting",
+        "run",
+        "run_folder",
+        "tasks",
+        "watchdog",
+    },
+    "score": {"checkpoint", "config", "config_load", "data", "run_folder", "tasks", "trained", "validation"},
     "watchdog": {"guard"},
-    "reporting": _SETTINGS | {"cost", "endpoint", "engines", "memory", "metrics", "run_folder", "state", "step_report"},
+    "reporting": {"config", "endpoint", "engines", "memory", "metrics", "plan", "run_folder", "state", "step_report"},
     "step_report": {"engines", "metrics.profile"},
     "endpoint": {"config", "engines.mesh", "metrics", "run_folder"},
     "export": {"checkpoint", "config", "labels", "model_card", "official", "provenance", "timm_names", "trained"},
@@ -90,31 +107,31 @@ ARROWS: dict[str, set[str]] = {
     "provenance": {"checkpoint.manifest", "metrics.sinks"},
     "timm_names": {"config"},
     "names": set(),
-    "report": _SETTINGS | {"cost", "data.containers", "memory", "step_time"},
-    "step_time": _SETTINGS | {"cost", "memory"},
+    "report": {"config", "cost", "memory", "plan", "step_time"},
+    "step_time": {"config", "cost", "memory", "plan"},
     "memory": {"config", "cost", "heads.upernet_cost"},
-    "tasks": {"config", "data.mixup", "heads", "keyed", "model", "presets"} | _MEASURES,
-    "checkpoint": {"engines.base"},
+    "tasks": {"config", "data.mixup", "heads", "keyed", "model"} | _MEASURES,
+    "checkpoint": set(),
     "engines": {"attention", "config", "fp8", "fused", "linear", "metrics.registry", "optim", "plan"},
     "optim": {"config", "plan"},
     "curves": {"metrics.sinks", "pictures"},
     "gallery": {"config", "data"},
-    "visualize": {"arguments", "config", "curves", "data", "gallery", "maps", "pictures", "tasks", "trained"},
+    "visualize": {"arguments", "curves", "data", "gallery", "maps", "pictures", "tasks", "trained"},
     "maps": {"model", "tasks"},
     "pictures": set(),
     "trained": {"checkpoint", "config", "data.device", "labels", "model", "names", "official", "provenance", "tasks"},
     "guard": {"state"},
-    "model": {"attention", "config", "keyed", "linear", "presets"},
+    "model": {"attention", "config", "keyed", "linear"},
     "fp8": set(),
     "fused": {"config", "kernels", "linear", "model"},
     "kernels": set(),
     "linear": set(),
     "attention": set(),
-    "data": {"config", "presets"},
-    "metrics": {"config", "presets", "run_folder"},
-    "config_load": _SETTINGS,
-    "plan": {"config", "presets"},
-    "config": {"config_base", "config_cluster", "config_data", "config_model", "config_task", "presets"},
+    "data": {"config"},
+    "metrics": {"config", "run_folder"},
+    "config_load": {"config", "plan", "presets"},
+    "plan": {"config"},
+    "config": {"config_base", "config_cluster", "config_data", "config_model", "config_task"},  # reached through config
     "config_cluster": {"config_base"},
     "config_data": {"config_base"},
     "config_model": {"config_base", "presets"},
@@ -204,6 +221,22 @@ def check(root: Path) -> list[Violation]:
     return sorted(violations)
 
 
+def unused_arrows(root: Path) -> list[str]:
+    """Entries of :data:`ARROWS` that no import of the project at ``root`` needs, as "room -> arrow"."""
+    used: dict[str, set[str]] = {}
+    for path in _files(root):
+        name = path.relative_to(root).as_posix()
+        if path.suffix == ".py" and (room := _room(_dotted(name))) is not None:
+            tree = ast.parse(path.read_text(encoding="utf-8"), name)
+            used.setdefault(room, set()).update(found.module.removeprefix("nepa_dist.") for found in _imports(root, name, tree))
+    return [
+        f"{room} -> {arrow}"
+        for room, arrows in ARROWS.items()
+        for arrow in sorted(arrows)
+        if not any(_leads_to(arrow, module) for module in used.get(room, ()))
+    ]
+
+
 def _files(root: Path) -> Iterator[Path]:
     for path in sorted(root.iterdir()):
         hidden = path.name.startswith(".") and path.name not in (".ci", *_TEXT_NAMES)
@@ -244,6 +277,15 @@ def _resolve(root: Path, module: str, name: str) -> str:
     return f"{module}.{name}" if inner.is_dir() or inner.with_suffix(".py").is_file() else module
 
 
+def _dotted(name: str) -> str:
+    """Module of a file."""
+    return name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def _leads_to(arrow: str, module: str) -> bool:
+    return module == arrow or module.startswith(arrow + ".")
+
+
 def _room(dotted: str) -> str | None:
     """Room of a module; None outside the project and for ``nepa_dist`` itself, which holds but the version."""
     package, *inner = dotted.split(".")
@@ -253,7 +295,7 @@ def _room(dotted: str) -> str | None:
 
 
 def _check_arrows(name: str, imports: list[Import]) -> Iterator[Violation]:
-    room = _room(name.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    room = _room(_dotted(name))
     if room is None:
         for line, module in imports:
             if _room(module):
@@ -265,7 +307,7 @@ def _check_arrows(name: str, imports: list[Import]) -> Iterator[Violation]:
     for line, module in imports:
         target = _room(module)
         inner = module.removeprefix("nepa_dist.")
-        if target is None or target == room or any(inner == arrow or inner.startswith(arrow + ".") for arrow in ARROWS[room]):
+        if target is None or target == room or any(_leads_to(arrow, inner) for arrow in ARROWS[room]):
             continue
         allowed = ", ".join(sorted(ARROWS[room])) or "no other room"
         yield Violation(name, line, f"{room} must not import {inner}; it may import {allowed}")

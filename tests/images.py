@@ -1,11 +1,14 @@
-"""Small image folders for tests."""
+"""Small image folders for tests, and what a batch shows."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from nepa_dist.data.batch import Batch
 
 
 def image_folder(root: Path, num_classes: int = 3, per_class: int = 4, size: tuple[int, int] = (48, 40), seed: int = 0) -> Path:
@@ -29,3 +32,10 @@ def image_folder(root: Path, num_classes: int = 3, per_class: int = 4, size: tup
             coarse = np.clip(hues[label] + rng.normal(0, 40, size=(4, 4, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / f"{index}.jpg", quality=90)
     return root
+
+
+def batch_digest(batch: Batch) -> str:
+    """Short hash of ids and pixels (16 hexadecimal digits); equal for two runs that saw the same data."""
+    digest = hashlib.blake2b(batch.ids.numpy().tobytes(), digest_size=8)
+    digest.update(np.ascontiguousarray(batch.images.numpy()).data)
+    return digest.hexdigest()

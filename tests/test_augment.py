@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nepa_dist.config import AugmentConfig
-from nepa_dist.data.augment import Interpolation, augment, augment_mask, random_flip, random_resized_crop_box, resize
+from nepa_dist.data.augment import CropTransform, Interpolation, augment, random_resized_crop_box, resize
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
@@ -83,13 +83,22 @@ def _levels(one: NDArray[np.uint8], two: NDArray[np.uint8]) -> int:
     return int(np.abs(one.astype(int) - two).max())
 
 
+def _flips(seed: int, epoch: int, sample_id: int, probability: float) -> bool:
+    """Whether an image of which only the left half is white comes out with a white right half."""
+    image = np.zeros((4, 4, 3), np.uint8)
+    image[:, :2] = 255
+    whole = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=probability)
+    out = augment(image, whole, image_size=4, seed=seed, epoch=epoch, sample_id=sample_id)
+    return bool(out[0, 3, 0])
+
+
 def test_random_crops_are_pillows_crop_and_resize_within_a_level() -> None:
     image, config = _photo(), AugmentConfig()
     flips = []
     for sample in range(30):
         x, y, w, h = random_resized_crop_box(100, 75, 4, 2, sample, config.scale, config.ratio)
         wanted = Image.fromarray(image).crop((x, y, x + w, y + h)).resize((48, 48), Image.Resampling.BILINEAR)
-        flips.append(random_flip(4, 2, sample, 0.5))
+        flips.append(_flips(4, 2, sample, 0.5))
         pixels = np.asarray(wanted)[:, ::-1] if flips[-1] else np.asarray(wanted)
         out = augment(image, config, image_size=48, seed=4, epoch=2, sample_id=sample)
         assert out.dtype == np.uint8
@@ -109,7 +118,7 @@ def test_resize_is_pillows_within_a_level(interpolation: Interpolation, size: tu
 def test_draws_are_stable_across_versions() -> None:
     boxes = [random_resized_crop_box(500, 375, 4, 2, i, SCALE, RATIO) for i in range(3)]
     assert boxes == [(100, 118, 175, 171), (79, 141, 179, 199), (138, 125, 288, 231)]
-    assert [random_flip(4, 2, i, 0.5) for i in range(8)] == [False, True, True, False, True, True, False, True]
+    assert [_flips(4, 2, i, 0.5) for i in range(8)] == [False, True, True, False, True, True, False, True]
 
 
 def test_interpolation_can_be_chosen() -> None:
@@ -122,12 +131,12 @@ def test_interpolation_can_be_chosen() -> None:
 
 
 def test_flip_has_its_probability_and_does_not_follow_the_box() -> None:
-    flips = np.array([random_flip(0, 0, i, 0.3) for i in range(3000)])
+    flips = np.array([_flips(0, 0, i, 0.3) for i in range(3000)])
     assert flips.mean() == pytest.approx(0.3, abs=0.03)
     left = np.array([random_resized_crop_box(500, 375, 0, 0, i, SCALE, RATIO)[0] for i in range(3000)])
     assert abs(np.corrcoef(flips, left)[0, 1]) < 0.06
-    assert not any(random_flip(0, 0, i, 0.0) for i in range(100))
-    assert all(random_flip(0, 0, i, 1.0) for i in range(100))
+    assert not any(_flips(0, 0, i, 0.0) for i in range(100))
+    assert all(_flips(0, 0, i, 1.0) for i in range(100))
 
 
 def test_the_key_decides_and_nothing_else() -> None:
@@ -162,7 +171,8 @@ def test_a_mask_is_cut_like_its_image(crop: str) -> None:
     image = np.repeat((mask * 28)[..., None], 3, -1)
     for sample in range(10):
         keys = {"image_size": 64, "seed": 0, "epoch": 0, "sample_id": sample}
-        cut = augment_mask(mask, AugmentConfig(crop=crop), **keys)
+        _, cut = CropTransform(AugmentConfig(crop=crop))(image, mask, **keys)
+        assert cut is not None
         assert cut.shape == (64, 64)
         assert cut.dtype == np.uint8
         pixels = augment(image, AugmentConfig(crop=crop), **keys)[..., 0]

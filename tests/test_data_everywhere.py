@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from test_train import run
 
-from images import image_folder
+from images import batch_digest, image_folder
 from jobs.submit import main as submit
 from nepa_dist.config import DataConfig
 from nepa_dist.data.containers import DataError, Sample
-from nepa_dist.data.loader import EvalLoader, TrainLoader, add_digests, batch_digest
+from nepa_dist.data.loader import EvalLoader, TrainLoader, add_digests
 from nepa_dist.data.open import open_container
 from nepa_dist.metrics.sinks import read_curve
 from splits import planned, prepare, write

@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from images import batch_digest
 from nepa_dist.config import AugmentConfig, Config, DataConfig
-from nepa_dist.data.augment import Mask, augment, augment_mask
+from nepa_dist.data.augment import CropTransform, Mask, augment
 from nepa_dist.data.containers import Container, DataError, Sample
 from nepa_dist.data.decode import decode_image
 from nepa_dist.data.device import normalize, to_device
-from nepa_dist.data.loader import BadSample, Batch, EvalLoader, TrainLoader, add_digests, batch_digest, default_num_workers
+from nepa_dist.data.loader import BadSample, Batch, EvalLoader, TrainLoader, add_digests, default_num_workers
 from nepa_dist.data.open import open_container
 from nepa_dist.data.order import Order
 from nepa_dist.data.whole import WholeImages
@@ -296,9 +297,9 @@ def test_masks_are_cut_like_their_images(workers: int) -> None:
         assert (batch.masks.shape, batch.masks.dtype) == ((4, SIZE, SIZE), torch.uint8)
         for mask in batch.masks:
             sample_id, epoch = order.lookup(position)
-            whole = container.read(sample_id).mask
-            assert whole is not None
-            wanted = augment_mask(whole, AugmentConfig(), image_size=SIZE, seed=SEED, epoch=epoch, sample_id=sample_id)
+            sample = container.read(sample_id)
+            keys = {"image_size": SIZE, "seed": SEED, "epoch": epoch, "sample_id": sample_id}
+            _, wanted = CropTransform(AugmentConfig())(sample.image, sample.mask, **keys)
             np.testing.assert_array_equal(mask.numpy(), wanted)
             position += 1
     assert next(iter(_train("digits"))).masks is None

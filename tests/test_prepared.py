@@ -15,12 +15,13 @@ from PIL import Image
 
 from data_prep.formats.base import StoredSample, probe_image
 from data_prep.formats.registry import CONTAINERS
+from images import batch_digest
 from nepa_dist.config import DataConfig
 from nepa_dist.data.containers import Container, DataError
 from nepa_dist.data.decode import BadImage
 from nepa_dist.data.folder import FolderContainer
 from nepa_dist.data.index import INDEX, MANIFEST, NAMES, content_sha256, read_manifest
-from nepa_dist.data.loader import TrainLoader, batch_digest
+from nepa_dist.data.loader import TrainLoader
 from nepa_dist.data.open import open_container
 from nepa_dist.data.prepared import PreparedContainer, decode_mask, is_local
 from shards import HEIGHT, WIDTH, edit, make_samples, pixels, sha256, write_split

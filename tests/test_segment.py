@@ -1,5 +1,6 @@
 """The segmentation task: taps, an exact mean over labelled pixels, what is frozen, scores on whole images, and bad masks."""
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,7 +187,9 @@ def test_an_iteration_that_is_left_early_ends_its_thread():
     config = Config(task="segment", model=MODEL, segment=SegmentConfig(num_classes=2))
     iterator = iter(WholeImages(Pairs([sample] * 50), config, range(50)))
     next(iterator)
-    iterator.close()  # returns: the thread has been joined
+    assert "validation images" in [thread.name for thread in threading.enumerate()]
+    iterator.close()
+    assert "validation images" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_classes_come_from_the_data_unless_given(tmp_path):

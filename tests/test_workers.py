@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from images import image_folder
+from images import batch_digest, image_folder
 from nepa_dist.config import DataConfig
 from nepa_dist.data.batch import BatchShape, Filled, Pixels
 from nepa_dist.data.containers import DataError, Sample
-from nepa_dist.data.loader import EvalLoader, TrainLoader, batch_digest
+from nepa_dist.data.loader import EvalLoader, TrainLoader
 from nepa_dist.data.open import open_container
 from nepa_dist.data.ring import Ring
 from nepa_dist.data.workers import WorkerPool

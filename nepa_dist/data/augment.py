@@ -53,7 +53,7 @@ class Transform(Protocol):
 
 
 class CropTransform:
-    """The :class:`Transform` of pretraining: :func:`augment` and :func:`augment_mask`."""
+    """The :class:`Transform` of pretraining: :func:`augment`, and of a mask the same crop and flip, with the nearest pixel."""
 
     def __init__(self, config: AugmentConfig, interpolation: Interpolation = "bilinear") -> None:
         self._config = config
@@ -107,11 +107,6 @@ def random_resized_crop_box(
     return _draw_box(width, height, KeyedDraws(seed, _STREAM, epoch, sample_id), scale, ratio)
 
 
-def random_flip(seed: int, epoch: int, sample_id: int, probability: float) -> bool:
-    """Draw whether a sample is mirrored, independent of its box."""
-    return KeyedDraws(seed, _STREAM, epoch, sample_id)[_FLIP] < probability
-
-
 def resize(image: NDArray[np.uint8], height: int, width: int, interpolation: Interpolation = "bilinear") -> NDArray[np.uint8]:
     """Resize with antialias, as Pillow does: a filter that grows with the factor when it shrinks.
 
@@ -157,19 +152,6 @@ def augment(
         image, None, image_size=image_size, seed=seed, epoch=epoch, sample_id=sample_id
     )
     return image_and_mask[0]
-
-
-def augment_mask(mask: Mask, config: AugmentConfig, *, image_size: int, seed: int, epoch: int, sample_id: int) -> Mask:
-    """The same crop and flip for the class mask of an image, with the nearest pixel.
-
-    Args:
-        mask: integer [H, W] with the height and width of the image.
-        config, image_size, seed, epoch, sample_id: as given to :func:`augment`.
-
-    Returns:
-        [S, S], dtype of the mask.
-    """
-    return _cut_mask(mask, _crop(mask.shape[1], mask.shape[0], config, seed, epoch, sample_id), image_size)
 
 
 def cut_center(

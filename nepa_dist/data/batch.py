@@ -5,7 +5,6 @@ Suffix letters: B samples of the batch, S side of the image in pixels.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,13 +51,6 @@ def add_digests(*digests: int) -> int:
     all-reduce gives it too, after ``& (2**63 - 1)``.
     """
     return sum(digests) & _DIGEST_MASK
-
-
-def batch_digest(batch: Batch) -> str:
-    """Short hash of ids and pixels (16 hexadecimal digits); equal for two runs that saw the same data."""
-    digest = hashlib.blake2b(batch.ids.numpy().tobytes(), digest_size=8)
-    digest.update(np.ascontiguousarray(batch.images.numpy()).data)
-    return digest.hexdigest()
 
 
 class BatchShape(NamedTuple):

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 from nepa_dist.config import AugmentConfig, DataConfig
 from nepa_dist.data.augment import AUGMENT_VERSION, CropTransform, Mask, Transform
-from nepa_dist.data.batch import BadSample, Batch, BatchShape, Filled, Pixels, add_digests, batch_digest
+from nepa_dist.data.batch import BadSample, Batch, BatchShape, Filled, Pixels, add_digests
 from nepa_dist.data.containers import Container, DataError
 from nepa_dist.data.decode import BadImage, decode_image
 from nepa_dist.data.erasing import draw_erasing
 from nepa_dist.data.order import BlockOrder, Order, fold, micro_batch_positions
 from nepa_dist.data.workers import BatchSource, WorkerPool, batches_here
 
-__all__ = ["BadSample", "Batch", "EvalLoader", "TrainLoader", "add_digests", "batch_digest", "default_num_workers"]
+__all__ = ["BadSample", "Batch", "EvalLoader", "TrainLoader", "add_digests", "default_num_workers"]
 
 MAX_REPLACEMENTS = 100
 """Substitutes that are tried for one bad sample before the run ends."""

@@ -34,11 +34,6 @@ _SLOWEST = 1 << 16
 """Bytes per second; a slower transfer is given up and tried again."""
 
 
-def is_url(source: str) -> bool:
-    """Whether a source is a URL and not a folder."""
-    return "://" in source
-
-
 class RemoteContainer(PreparedContainer):
     """One prepared split behind a URL. It can be forked and pickled like any container.
 

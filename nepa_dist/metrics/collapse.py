@@ -119,27 +119,6 @@ def spectral_metrics(spectra: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return metrics
 
 
-@torch.no_grad()
-def tensor_metrics(x: Tensor, *, all_reduce: AllReduce | None = None) -> dict[str, Tensor]:
-    """Measure the collapse of one set of embeddings.
-
-    Args:
-        x: ``[n, D]`` float; n may differ between ranks.
-        all_reduce: sums a tensor over ranks; None in one process.
-
-    Returns:
-        0-d float64 tensors: ``embedding_mean_cosine``, ``embedding_std_ratio``, ``embedding_rms``,
-        ``embedding_effective_rank``.
-
-    Raises:
-        ValueError: x is not ``[n, D]`` with D > 0.
-    """
-    if x.ndim != 2 or not x.shape[1]:
-        raise ValueError(f"x must be [n, D] with D > 0, got {tuple(x.shape)}")
-    moment = _moments([x], all_reduce)[0]
-    return _describe(moment) | {"embedding_effective_rank": _effective_rank(moment.covariance)}
-
-
 class _Moments(NamedTuple):
     """Of n rows, over all ranks, float64; "unit" is of the rows scaled to length 1. Variances divide by n."""
 

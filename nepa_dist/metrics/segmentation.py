@@ -133,43 +133,18 @@ def scores_csv(scores: SegmentationScores, names: Sequence[str] | None = None) -
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
-    writer.writerows(_rows(scores, names, digits=6, missing="", percent=False))
+    writer.writerows(_rows(scores, names))
     return text.getvalue()
 
 
-def scores_markdown(scores: SegmentationScores, names: Sequence[str] | None = None) -> str:
-    """The means in one line and the scores of each class as a Markdown table, in percent; a share that is NaN is a dash.
-
-    Args:
-        scores: to show.
-        names: of the classes, in order.
-
-    Raises:
-        ValueError: there are not as many names as classes.
-    """
-    counted = sum(not math.isnan(share) for share in scores.iou)
-    lines = [
-        f"mIoU {100 * scores.miou:.2f} % over {counted} of {len(scores.iou)} classes, "
-        f"mAcc {100 * scores.macc:.2f} %, aAcc {100 * scores.aacc:.2f} %",
-        "",
-        "| class | name | IoU % | accuracy % | annotated pixels | predicted pixels |",
-        "| ---: | :--- | ---: | ---: | ---: | ---: |",
-    ]
-    for row in _rows(scores, names, digits=2, missing="-", percent=True):
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _rows(
-    scores: SegmentationScores, names: Sequence[str] | None, *, digits: int, missing: str, percent: bool
-) -> Iterator[list[str]]:
+def _rows(scores: SegmentationScores, names: Sequence[str] | None) -> Iterator[list[str]]:
     if names is None:
         names = [""] * len(scores.iou)
     if len(names) != len(scores.iou):
         raise ValueError(f"{len(names)} names for {len(scores.iou)} classes")
 
     def share(value: float) -> str:
-        return missing if math.isnan(value) else f"{100 * value if percent else value:.{digits}f}"
+        return "" if math.isnan(value) else f"{value:.6f}"
 
     for index, (name, iou, acc, annotated, predicted) in enumerate(
         zip(names, scores.iou, scores.acc, scores.annotated, scores.predicted, strict=True)

@@ -40,9 +40,8 @@ class JsonlSink:
     """Append one line per call to a JSONL file whose steps never go back, also over restarts.
 
     Opening the file takes out what a resumed run will do again: lines after ``resume_step``, and lines cut off by a crash,
-    are moved to the end of ``<stem>.superseded.jsonl`` beside it (``num_superseded`` counts them, ``superseded_step`` is the
-    last step of them). The file is replaced in one step, so a crash while opening loses nothing. A line that cannot be written
-    in full is taken back.
+    are moved to the end of ``<stem>.superseded.jsonl`` beside it (``superseded_step`` is the last step of them). The file is
+    replaced in one step, so a crash while opening loses nothing. A line that cannot be written in full is taken back.
 
     Args:
         path: the file; made if missing, with its folder.
@@ -58,7 +57,7 @@ class JsonlSink:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.superseded_step = resume_step
-        self.num_superseded = self._supersede(resume_step)
+        self._supersede(resume_step)
         self._file = self.path.open("ab", buffering=0)
         self._last_step = resume_step
 
@@ -95,9 +94,9 @@ class JsonlSink:
             self._file.truncate(start)
             raise
 
-    def _supersede(self, resume_step: int) -> int:
+    def _supersede(self, resume_step: int) -> None:
         if not self.path.exists():
-            return 0
+            return
         content = self.path.read_bytes()
         lines = [line for line in content.split(b"\n") if line.strip()]
         kept: list[bytes] = []
@@ -111,7 +110,6 @@ class JsonlSink:
         remaining = b"".join(line + b"\n" for line in kept)
         if remaining != content:
             _replace_durably(self.path, remaining)
-        return len(moved)
 
 
 def read_curve(path: str | Path) -> list[dict[str, float]]:

@@ -105,12 +105,13 @@ def probe_layers(
                     found = knn_accuracy(*data, ks=ks, device=device)
                     rows[layer].top1.update({f"knn_{k}": value for k, value in found.items()})
                 if "linear" in probes:
-                    rows[layer].top1["linear"], converged = _fit_linear(*data, C, device)
+                    rows[layer].top1["linear"], converged = linear_accuracy(*data, C=C, device=device)
                     rows[layer] = rows[layer]._replace(converged=converged)
             except ValueError as error:
                 raise ValueError(f"probe of layer {layer}: {error}") from error
             if not rows[layer].converged:
-                warnings.warn(_not_converged(f"the linear probe of layer {layer}"), RuntimeWarning, stacklevel=2)
+                what = f"the linear probe of layer {layer} did not converge in {LINEAR_MAX_ITER} iterations"
+                warnings.warn(f"{what}; a smaller C converges sooner", RuntimeWarning, stacklevel=2)
     if "attentive" in probes:
         accuracies = attentive_accuracy(
             backbone, train, test, layers=layers, causal=causal, epochs=epochs, seed=seed, cache_bytes=cache_bytes
@@ -168,10 +169,8 @@ def knn_accuracy(
 
 def linear_accuracy(
     train_x: Array, train_y: Array, test_x: Array, test_y: Array, *, C: float = 0.1, device: torch.device = _CPU
-) -> float:
+) -> tuple[float, bool]:
     """Classify with a linear layer on standardised features; the protocol is in the module's docstring.
-
-    Warns (``RuntimeWarning``) if the classifier did not converge: the accuracy is then not yet that of the protocol.
 
     Args:
         train_x: features [n_train, D].
@@ -182,22 +181,12 @@ def linear_accuracy(
         device: does the work.
 
     Returns:
-        Top-1 accuracy in [0, 1].
+        Top-1 accuracy in [0, 1], and whether the fit converged: if not, it is not yet that of the protocol.
 
     Raises:
         ValueError: labels are missing, there are fewer than two classes to learn, shapes do not fit, or a feature is not
             finite.
     """
-    accuracy, converged = _fit_linear(train_x, train_y, test_x, test_y, C, device)
-    if not converged:
-        warnings.warn(_not_converged("the linear probe"), RuntimeWarning, stacklevel=2)
-    return accuracy
-
-
-def _fit_linear(
-    train_x: Array, train_y: Array, test_x: Array, test_y: Array, C: float, device: torch.device
-) -> tuple[float, bool]:
-    """Top-1 accuracy, and whether the fit converged."""
     _check_data(train_x, train_y, test_x, test_y)
     train, test = (torch.from_numpy(x).to(device) for x in (train_x, test_x))
     mean, std = _moments(train)
@@ -256,10 +245,6 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def _rows_per_chunk(width: int) -> int:
     """Rows of fp32 numbers that fit in a chunk."""
     return max(1, CHUNK_BYTES // 4 // width)
-
-
-def _not_converged(what: str) -> str:
-    return f"{what} did not converge in {LINEAR_MAX_ITER} iterations; a smaller C converges sooner"
 
 
 def _check_data(train_x: Array, train_y: Array, test_x: Array, test_y: Array) -> None:
