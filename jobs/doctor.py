@@ -1,4 +1,4 @@
-"""Can this node feed its GPUs with this data? ``python -m jobs.doctor --data DATA`` measures, compares and says what to change.
+"""Can this node feed its GPUs with this data? ``submit.py doctor --data DATA`` measures, compares and says what to change.
 
 One core reads, decodes and crops random samples for some seconds. What the GPUs ask for follows from the operations of the
 model at a stated utilisation.
@@ -305,7 +305,11 @@ def _free_bytes(folder: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.doctor", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python jobs/submit.py doctor",
+        description="Can this node feed its GPUs with this data? Measures, compares and says what to change.",
+        epilog="With --nodes N it is about the nodes of a cluster: python jobs/submit.py doctor --nodes N --help",
+    )
     parser.add_argument("--data", required=True, metavar="DATA", help="folder of images, prepared folder, or digits")
     parser.add_argument("--model", default="vit_b", choices=sorted(PRESETS), help="size that is trained (default: vit_b)")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of this node that train (default: 1)")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -100,14 +101,15 @@ def _section(root: Path, run_dir: Path) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # in order with the lines of who draws
-    folders = [Path(word).absolute() for word in (sys.argv[1:] if argv is None else argv)]
-    for root in folders:
+    parser = argparse.ArgumentParser(prog="python -m jobs.pipeline_report", description="Write the report of a pipeline again.")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a pipeline; its runs are in it")
+    for root in map(Path.absolute, parser.parse_args(argv).folders):
         runs = [path.parent for path in root.glob("*/config.yaml")]
         for run_dir in runs:
             draw_samples(run_dir)
         # In the order in which they began, so that the first stage is the first.
         print(f"wrote {write_report(root, sorted(runs, key=_began))}")
-    return 0 if folders else 2
+    return 0
 
 
 def _began(run_dir: Path) -> tuple[float, str]:

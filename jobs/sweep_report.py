@@ -6,6 +6,7 @@ consists of, the folders of the runs how far they are.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import math
@@ -284,12 +285,13 @@ def _draw_losses(root: Path, summary: Summary, rows: Sequence[Row]) -> list[Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    folders = [Path(word).absolute() for word in (sys.argv[1:] if argv is None else argv)]
-    if not folders:
-        print("usage: python -m jobs.sweep_report FOLDER ...", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.sweep_report", description="Write the tables and pictures of a sweep again, and show them."
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a sweep; it holds sweep.yaml")
+    arguments = parser.parse_args(argv)
     try:
-        for root in folders:
+        for root in map(Path.absolute, arguments.folders):
             print("\n".join([*(f"wrote {path}" for path in write_report(root)), *show(root)]))
     except (ConfigError, ValueError, OSError) as error:
         print(error, file=sys.stderr)

@@ -294,7 +294,7 @@ class Config(Section):
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        """The whole configuration as YAML that :func:`load_config` reads back to an equal one."""
+        """The whole configuration as YAML that :func:`nepa_dist.config_load.load_config` reads back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
