@@ -146,7 +146,7 @@ def check_data(
     def opening(split: Literal["train", "val"]) -> Container:
         key = (source, split, size)
         if key not in opened:
-            opened[key] = open_container(source, split, image_size=size)
+            opened[key] = open_container(source, split, image_size=size, checksums=bool(config and config.data.checksums))
         return opened[key]
 
     try:

@@ -69,5 +69,8 @@ class DataConfig(Section):
     """Folder on this node for shards of a remote source (``s3://``, ``gs://``, ``https://``); default: in the temporary one."""
     cache_gigabytes: float | None = Field(None, gt=0)
     """Shards beyond this are removed again, those of longest ago first; default: keep all."""
+    checksums: bool = False
+    """Compare each image and mask of a prepared split with its checksum when it is read: one that a disk has damaged is
+    replaced, named and counted like an unreadable one, also where it could be decoded. Needs the package crc32c."""
     max_bad_samples: int = Field(100, ge=0)
     """Different unreadable images that a run survives, each replaced and named; one more ends it."""

@@ -21,8 +21,8 @@ from nepa_dist.data.containers import Container, DataError
 from nepa_dist.data.decode import BadImage
 from nepa_dist.data.folder import FolderContainer
 from nepa_dist.data.index import INDEX, MANIFEST, NAMES, content_sha256, read_manifest
-from nepa_dist.data.loader import TrainLoader
-from nepa_dist.data.open import open_container
+from nepa_dist.data.loader import EvalLoader, TrainLoader
+from nepa_dist.data.open import open_container, open_split
 from nepa_dist.data.prepared import PreparedContainer, decode_mask, is_local
 from shards import HEIGHT, WIDTH, edit, make_samples, pixels, sha256, write_split
 
@@ -157,6 +157,19 @@ def test_the_check_finds_a_changed_byte(tmp_path: Path, container: Name) -> None
         split.read(3)
     assert split.read(0).image == samples[0].image
     assert PreparedContainer(tmp_path / "train").read(1).label == 1
+    found = []
+    for checksums in (True, False):
+        config = DataConfig(source=str(tmp_path), checksums=checksums, num_workers=0)
+        loader = EvalLoader(open_split(config, "train", image_size=16), config, image_size=16, batch_size=6)
+        found.append([(bad.id, "the image is damaged" in bad.reason) for batch in loader for bad in batch.bad])
+    assert found[0] == [(1, True), (3, False)]
+    assert (1, True) not in found[1]
+
+
+def test_checksums_are_asked_only_of_what_has_them(tiny_images: Path) -> None:
+    for source in (str(tiny_images), "digits"):
+        with pytest.raises(DataError, match=r"data.checksums: .* has no prepared train split"):
+            open_split(DataConfig(source=source, checksums=True), "train", image_size=16)
 
 
 def test_a_shard_that_is_cut_later_is_an_error_of_its_samples(tmp_path: Path) -> None:

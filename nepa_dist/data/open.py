@@ -27,6 +27,7 @@ def open_container(
     image_size: int,
     cache_dir: Path | None = None,
     cache_bytes: int | None = None,
+    checksums: bool = False,
 ) -> Container:
     """Open one split of a data set.
 
@@ -36,27 +37,33 @@ def open_container(
         split: which part.
         image_size: pixels, the side at which embedded scenes are drawn; folders do not use it.
         cache_dir, cache_bytes: of what comes from a URL, see :class:`nepa_dist.data.remote.RemoteContainer`.
+        checksums: compare what is read with its checksum; only prepared splits have them.
 
     Raises:
-        DataError: source is None, is no folder, has another layout, cannot be read or holds no images.
+        DataError: source is None, is no folder, has another layout, cannot be read, holds no images, or has no checksums.
     """
     if source is None:
         raise DataError("data.source is not set: pass --data FOLDER or --data digits")
+    without = DataError(f"data.checksums: {source} has no prepared {split} split, and only those have checksums")
     if source == DIGITS:
+        if checksums:
+            raise without
         from nepa_dist.data.digits import DigitScenes
 
         return DigitScenes(split, image_size)
     if "://" in source:
         from nepa_dist.data.remote import RemoteContainer
 
-        return RemoteContainer(f"{source.rstrip('/')}/{split}", cache_dir=cache_dir, cache_bytes=cache_bytes)
+        return RemoteContainer(f"{source.rstrip('/')}/{split}", cache_dir=cache_dir, cache_bytes=cache_bytes, check=checksums)
     root = _existing_folder(source)
     if os.path.isfile(root / split / MANIFEST):
         from nepa_dist.data.prepared import PreparedContainer
 
-        return PreparedContainer(root / split)
+        return PreparedContainer(root / split, check=checksums)
     for folder in (root / split, root):
         _refuse_shards(folder)
+    if checksums:
+        raise without
     parts = [name for name in ("train", "val") if os.path.isdir(root / name)]
     if split in parts:
         return FolderContainer(root / split, split, class_roots=[root / part for part in parts])
@@ -94,7 +101,14 @@ def open_split(config: DataConfig, split: Literal["train", "val"], *, image_size
     """:func:`open_container` of the source, and with the cache, that a configuration names."""
     cache_bytes = None if config.cache_gigabytes is None else round(config.cache_gigabytes * 1e9)
     cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
-    return open_container(config.source, split, image_size=image_size, cache_dir=cache_dir, cache_bytes=cache_bytes)
+    return open_container(
+        config.source,
+        split,
+        image_size=image_size,
+        cache_dir=cache_dir,
+        cache_bytes=cache_bytes,
+        checksums=config.checksums,
+    )
 
 
 def _existing_folder(source: str) -> Path:
