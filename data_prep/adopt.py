@@ -169,6 +169,8 @@ def _classes(highest: int, given: list[str] | None) -> list[str]:
     if given is not None:
         if highest >= len(given):
             raise UsageError(f"there are {len(given)} class names, but labels up to {highest}")
+        if odd := sorted({name for name in given if not name.strip() or given.count(name) > 1}):
+            raise UsageError(f"each class needs a name of its own; empty, or given more than once: {odd}")
         return given
     if highest >= _MAX_CLASSES:
         raise UsageError(f"there are labels up to {highest:,}; give the names of the classes if that is right")

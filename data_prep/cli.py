@@ -55,6 +55,13 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
+def _megabytes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise ValueError(text)
+    return value
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -140,7 +147,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--shards", type=int, metavar="N", help="number of shards per split")
-    size.add_argument("--shard-mb", type=float, metavar="MB", default=64.0, help="size of a shard; default: 64")
+    size.add_argument("--shard-mb", type=_megabytes, metavar="MB", default=64.0, help="size of a shard; default: 64")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle; default: 0")
     parser.add_argument("--name", help="of the data set; default: the name of SOURCE")
     parser.add_argument("--skip-bad-list", type=Path, metavar="FILE", help="leave out the images that this list names")

@@ -38,6 +38,9 @@ def plan(args: Namespace) -> bool:
         raise UsageError(f"{args.skip_bad_list} leaves out {count} images; if that is right, pass --max-bad {count}")
     for split in _SPLITS if args.split == "all" else (args.split,):
         source = _open(args, split)
+        # The others know their files by name.
+        if source.kind in ("folder", "parquet") and args.out.resolve().is_relative_to(args.source.resolve()):
+            raise UsageError(f"OUT {args.out} lies in SOURCE {args.source} and would become part of it; choose another OUT")
         folder = args.out / split
         keep_skip_list(folder, entries)
         made = make_plan(
@@ -51,9 +54,10 @@ def plan(args: Namespace) -> bool:
             num_shards=args.shards,
             shard_bytes=int(args.shard_mb * 1_000_000),
         )
-        left_out = f", {len(entries)} left out" if entries else ""
+        others = f", {len(entries)} left out" if entries else ""
+        others += f", {source.num_ignored:,} other files ignored" if source.num_ignored else ""
         print(
-            f"{folder}: {made.num_samples:,} images{left_out}, {len(made.class_names)} classes, {made.num_shards} shards "
+            f"{folder}: {made.num_samples:,} images{others}, {len(made.class_names)} classes, {made.num_shards} shards "
             f"({made.container}, {made.policy})"
         )
     return True
@@ -76,7 +80,8 @@ def write(args: Namespace) -> bool:
                 quiet=args.quiet,
             )
         except BadSamplesError as error:
-            problems += [*error.problems, f"To leave them out, prepare anew:\n  {_without_bad(args, planned, folder, error)}"]
+            once, again = f"rm -r {shlex.quote(str(folder))}", _without_bad(args, planned, error)
+            problems += [*error.problems, f"To leave them out, delete this split once and prepare anew:\n  {once}\n  {again}"]
             continue
         state = f"{done.missing} shards are missing, of other tasks" if done.missing else "finished"
         print(f"{folder}: {done.written} shards written, {done.kept} were there; {state}")
@@ -91,7 +96,11 @@ def prepare(args: Namespace) -> bool:
     plan(args)
     write(args)
     found = [verify_split(folder, workers=num_workers(args.workers), quiet=args.quiet) for folder in _planned(args)]
-    return _show(found)
+    good = _show(found)
+    if not good:
+        again = shlex.join(["python", "-m", "data_prep", "write", str(args.source), str(args.out), "--check"])
+        print(f"To write damaged shards again: {again}", file=sys.stderr)
+    return good
 
 
 def verify(args: Namespace) -> bool:
@@ -136,7 +145,7 @@ def stage(args: Namespace) -> bool:
 def adopt_folder(args: Namespace) -> bool:
     """Index the shards of another program."""
     try:
-        names = args.class_names.read_text().splitlines() if args.class_names else None
+        names = args.class_names.read_text().rstrip("\n").split("\n") if args.class_names else None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--class-names {args.class_names} cannot be read: {error}") from None
     workers = num_workers(args.workers)
@@ -263,21 +272,23 @@ def _task(args: Namespace) -> tuple[int, int]:
     return index, count
 
 
-def _without_bad(args: Namespace, planned: Plan, folder: Path, error: BadSamplesError) -> str:
+def _without_bad(args: Namespace, planned: Plan, error: BadSamplesError) -> str:
     """The command that prepares a split without its unusable images."""
+    num_bad = len(read_skip_list(error.path))
     options = {
         "--split": planned.split,
         "--kind": planned.source["kind"],
         "--container": planned.container,
         "--policy": planned.policy,
+        "--shards": max(1, min(planned.num_shards, planned.num_samples - num_bad)),
         "--seed": planned.seed,
         "--name": planned.name,
         "--val-labels": args.val_labels if planned.split == "val" else None,
         "--image-column": args.image_column,
         "--label-column": args.label_column,
         "--skip-bad-list": error.path,
-        "--max-bad": len(read_skip_list(error.path)),
+        "--max-bad": num_bad,
     }
     words = ["python", "-m", "data_prep", "prepare", str(args.source), str(args.out)]
     words += [str(word) for pair in options.items() if pair[1] is not None for word in pair]
-    return f"rm -r {shlex.quote(str(folder))} && {shlex.join(words)}"
+    return shlex.join(words)

@@ -68,6 +68,32 @@ def write_file(path: Path, data: bytes) -> None:
         raise
 
 
+def create_file(path: Path, data: bytes) -> bool:
+    """Write a whole file atomically unless there is one: of several processes that try, one returns True.
+
+    On a file system without hard links the last of several that try at the same moment wins, and all return True.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    temp = temp_path(path)
+    try:
+        temp.write_bytes(data)
+        flush(temp)
+        try:
+            os.link(temp, path)
+        except FileExistsError:
+            return False
+        except OSError:
+            if path.exists():
+                return False
+            os.rename(temp, path)
+        flush(path.parent)
+        return True
+    finally:
+        temp.unlink(missing_ok=True)
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

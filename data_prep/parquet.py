@@ -267,7 +267,8 @@ def _image_column(schema: Any, features: dict[str, dict[str, Any]], wanted: str 
     marked = [name for name in able if features.get(name, {}).get("_type") == "Image"]
     choice = [wanted] if wanted is not None else marked or able
     if len(choice) != 1 or choice[0] not in able:
-        raise SourceError(f"{file}: which column is the image? Those with bytes are {able}; pass the image column")
+        hint = "pass the image column, or the kind folder if tables only lie beside images"
+        raise SourceError(f"{file}: which column is the image? Those with bytes are {able}; {hint}")
     return choice[0]
 
 

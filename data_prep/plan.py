@@ -7,11 +7,11 @@ the source and the settings alone, so any number of processes may make it, and i
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import re
+import tokenize
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,9 +19,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.files import write_file
+from data_prep.files import create_file, write_file
 from data_prep.policy import ImagePolicy
-from data_prep.sources import LOST, Source
+from data_prep.sources import Source, is_lost
 from nepa_dist.data.decode import BadImage
 from nepa_dist.data.index import MANIFEST
 from nepa_dist.data.order import permutation
@@ -154,18 +154,24 @@ def make_plan(
         **_source_settings(source),
     )
     if old is not None:
-        if differences := _differences(old._settings(), plan._settings()):
-            raise PlanError(
-                f"{folder} holds another plan:{differences}\n"
-                "Use the settings and the source of that plan, or choose another folder (or delete this one)."
-            )
-        return old
+        return _same(old, plan, folder)
     folder.mkdir(parents=True, exist_ok=True)
     file = io.BytesIO()
     np.save(file, ids, allow_pickle=False)
     write_file(folder / IDS, file.getvalue())
-    write_file(folder / PLAN, plan.to_bytes())  # last: a folder with this file has a whole plan
-    return plan
+    if create_file(folder / PLAN, plan.to_bytes()):  # last: a folder with this file has a whole plan
+        return plan
+    return _same(load_plan(folder), plan, folder)  # another process was faster
+
+
+def _same(old: Plan, new: Plan, folder: Path) -> Plan:
+    """The plan that a folder holds, if it is what was asked for."""
+    if differences := _differences(old._settings(), new._settings()):
+        raise PlanError(
+            f"{folder} holds another plan:{differences}\n"
+            "Use the settings and the source of that plan, or choose another folder (or delete this one)."
+        )
+    return old
 
 
 def load_plan(folder: Path) -> Plan:
@@ -188,7 +194,7 @@ def load_plan(folder: Path) -> Plan:
         ids = np.load(folder / IDS, allow_pickle=False)
         plan = Plan(ids=ids, **body)
         whole = plan.plan_sha256 == digest and plan.ids_sha256 == _ids_sha256(ids) and ids.shape == (plan.num_samples,)
-    except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, tokenize.TokenError) as error:
         raise PlanError(f"the plan in {folder} is damaged: {error}") from None
     if not whole:
         raise PlanError(f"the plan in {folder} is damaged: {PLAN} and {IDS} do not have the digests that they should")
@@ -221,13 +227,18 @@ def _guess_shards(source: Source, policy: ImagePolicy, shard_bytes: int) -> int:
     count = min(_PROBES, len(source))
     total = 0
     for index in (k * len(source) // count for k in range(count)):
-        with contextlib.suppress(BadImage, *LOST):  # writing will deal with it
+        try:
             data = source.read(index)
             try:
                 total += len(policy.apply(data).image)
-            except BadImage:  # with this too
+            except BadImage:
                 total += len(data)
             total += len(source.read_mask(index) or b"")
+        except BadImage:
+            continue  # writing will deal with it, and with what is lost
+        except OSError as error:
+            if not is_lost(error):
+                raise
     return max(1, min(len(source), round(total / count * len(source) / shard_bytes)))
 
 

@@ -6,6 +6,7 @@ in the archives it was unpacked from have the same ids, names, labels and finger
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Iterable
 from typing import Literal, Protocol
@@ -15,12 +16,16 @@ from numpy.typing import NDArray
 
 Split = Literal["train", "val"]
 
-LOST = (FileNotFoundError, PermissionError)
-"""Errors of reading a sample that are about this sample alone; others are about the disk or the network."""
+_LOST = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
 class SourceError(ValueError):
     """A source cannot be used; the message says what is wrong, where, and what to do."""
+
+
+def is_lost(error: OSError) -> bool:
+    """Whether an error of reading a sample is about this sample alone, and not about the disk or the network."""
+    return error.errno in _LOST
 
 
 class Source(Protocol):

@@ -74,6 +74,8 @@ def stage_split(folder: Path, dest: Path, *, check: bool = False, threads: int =
     """
     started = time.monotonic()
     source = _read_source(folder)
+    if dest.exists() and dest.samefile(folder):
+        raise UsageError(f"{dest} is {folder} itself; the copy needs another folder")
     with _lock(dest):
         try:
             dest.mkdir(exist_ok=True)

@@ -31,7 +31,7 @@ from data_prep.policy import ImagePolicy
 from data_prep.pool import Report, run
 from data_prep.progress import Meter
 from data_prep.skip import SKIPPED
-from data_prep.sources import LOST, Source
+from data_prep.sources import Source, is_lost
 from nepa_dist.data.decode import BadImage
 from nepa_dist.data.index import Manifest, ShardRecord
 from nepa_dist.data.prepared import crc32c_function
@@ -235,7 +235,9 @@ class _Samples(Sequence[StoredSample]):
                 size = (image.source_height, image.source_width)
                 classes = len(self._plan.class_names) or None
                 mask = self._policy.apply_mask(mask, image.height, image.width, source_size=size, num_classes=classes)
-        except (BadImage, *LOST) as error:
+        except (BadImage, OSError) as error:
+            if isinstance(error, OSError) and not is_lost(error):
+                raise
             reason = f"it cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
             self.bad[number] = BadSample(number, name, reason)
             return None

@@ -66,6 +66,7 @@ def score(task: Task, config: Config, device: torch.device, names: Sequence[str]
                 image_size=config.model.image_size,
                 batch_size=config.evaluate.batch_size,
                 indices=ids,
+                labels=True,
                 transform=eval_transform(config),
             )
         )

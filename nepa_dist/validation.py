@@ -74,6 +74,7 @@ class Validator:
                 batch_size=config.evaluate.batch_size,
                 indices=self._ids,
                 pin_memory=world.device.type == "cuda",
+                labels=True,
                 transform=eval_transform(config),
                 passes=plan.steps // self._every + 2,
             )

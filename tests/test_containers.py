@@ -77,6 +77,17 @@ def test_images_beside_class_folders_are_unlabeled(tmp_path: Path) -> None:
     assert _content(container) == {"cat/a.png": 0, "top.png": -1}
 
 
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_a_class_named_like_a_split_does_not_hide_the_others(tmp_path: Path, name: str) -> None:
+    for folder in ("airplane", name):
+        _image(tmp_path / folder / "0.png")
+    with pytest.raises(DataError, match=rf"is {name}/ a split, or a class like airplane/ beside it\? Move"):
+        _open(tmp_path)
+    (tmp_path / "airplane").rename(tmp_path / "test2017")
+    if name == "train":
+        assert len(_open(tmp_path)) == 1
+
+
 def test_train_and_val_share_their_class_list(tmp_path: Path) -> None:
     for name in ("train/ant/1.png", "train/bee/2.png", "train/cat/3.png", "val/cat/4.png"):
         _image(tmp_path / name)

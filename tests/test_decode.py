@@ -228,6 +228,7 @@ PNG = _encode(Image.fromarray(_picture(64, 64)))
         (_png_header(10_000, 10_000), "too large"),
         (_encode(Image.fromarray(np.full((9, 9), 0.5, np.float32)), "TIFF"), "floating-point"),
         (_encode(Image.fromarray(np.full((9, 9), 70_000, np.int32)), "TIFF"), "32-bit"),
+        (_encode(Image.fromarray(np.full((9, 9), 200, np.int32)), "TIFF"), "32-bit"),
     ],
 )
 def test_bad_files_have_a_reason(data: bytes, reason: str) -> None:

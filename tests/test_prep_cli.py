@@ -86,6 +86,29 @@ def test_prepare_goes_on_after_damage(source: Path, out: Path, original: Path) -
     assert all((out / path).read_bytes() == (original / path).read_bytes() for path in files)
 
 
+def test_prepare_says_how_a_damaged_shard_is_written_again(
+    source: Path, out: Path, original: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = out / "train" / "shard.00001.mds"
+    damage(shard)
+    assert run("prepare", source, out, *FAST, "--shards", "3") == 1
+    words = shlex.split(capsys.readouterr().err.strip().splitlines()[-1].partition("again: ")[2])
+    assert run(*words[3:], "--workers", 1, "--quiet") == 0
+    assert shard.read_bytes() == (original / "train" / shard.name).read_bytes()
+
+
+def test_files_that_are_no_images_are_counted(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(source, tmp_path / "source")
+    for name in ("a.gif", "b.heic"):
+        (tmp_path / "source" / "train" / "class_0" / name).write_bytes(b"x")
+    (tmp_path / "source" / "train" / "class_0" / "loop.jpg").symlink_to("loop.jpg")
+    assert run("prepare", tmp_path / "source", tmp_path / "out", *FAST, "--split", "train", "--shards", "3") == 1
+    captured = capsys.readouterr()
+    assert "train: 31 images, 2 other files ignored, 3 classes" in captured.out
+    assert "class_0/loop.jpg): it cannot be read: Too many levels of symbolic links" in captured.err
+    assert "--skip-bad-list" in captured.err
+
+
 def test_plan_and_write_by_an_array_of_jobs(
     source: Path, original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,8 +218,7 @@ def test_the_printed_command_leaves_out_what_cannot_be_used(
     assert "class_1/4.jpg): the file is empty" in captured.err
     assert "class_2/7.jpg): " in captured.err
     assert "val: 3 shards written" in captured.out, "the other split is written"
-    command = captured.err.strip().splitlines()[-1].strip()
-    remove, _, words = command.partition(" && ")
+    remove, words = captured.err.strip().splitlines()[-2:]
     assert shlex.split(remove) == ["rm", "-r", str(out / "train")]
     assert shlex.split(words)[:3] == ["python", "-m", "data_prep"]
     shutil.rmtree(out / "train")
@@ -204,6 +226,7 @@ def test_the_printed_command_leaves_out_what_cannot_be_used(
     too_few = [*arguments, "--max-bad", "1"]
     assert run(*too_few) == 2
     assert "--max-bad 2" in capsys.readouterr().err
+    assert arguments[arguments.index("--shards") + 1] == "3"
     assert run(*arguments) == 0
     assert "train: 28 images, 2 left out" in capsys.readouterr().out
     assert run("write", spoilt, out, "--workers", 1, "--quiet") == 0, "the plan remembers what is left out"
@@ -216,6 +239,8 @@ def test_the_printed_command_leaves_out_what_cannot_be_used(
         (("prepare", "SOURCE", "OUT", "--policy", "big"), "policy"),
         (("prepare", "SOURCE", "NEW", "--policy", "raw32", "--container", "tar"), "only beton"),
         (("prepare", "SOURCE", "OUT", "--container", "tar"), "another plan"),
+        (("prepare", "SOURCE", "SOURCE"), "would become part of it"),
+        (("stage", "OUT", "OUT"), "itself; the copy needs another folder"),
         (("write", "SOURCE", "NEW"), "holds no plan"),
         (("write", "SOURCE", "OUT", "--task-index", "1"), "go together"),
         (("write", "SOURCE", "OUT", "--task-index", "2", "--num-tasks", "2"), "no task 2 of 2"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_prep import plan as plan_module
 from data_prep.open_source import open_source
 from data_prep.plan import Plan, PlanError, load_plan, make_plan
 from data_prep.policy import PolicyError
@@ -118,6 +119,18 @@ def test_another_plan_is_refused_with_the_differences(tmp_path: Path, change: di
     assert _files(tmp_path) == before
 
 
+def test_of_two_that_plan_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: Any) -> int:
+        _plan(Fake(50), tmp_path, policy="keep")  # another process, meanwhile
+        return 7
+
+    monkeypatch.setattr(plan_module, "_guess_shards", slow)
+    with pytest.raises(PlanError, match="policy: planned keep, now short256-q90"):
+        _plan(Fake(50), tmp_path, num_shards=None)
+    assert load_plan(tmp_path).policy == "keep"
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
 def test_another_source_is_refused_with_the_differences(tmp_path: Path) -> None:
     plan = _plan(Fake(50), tmp_path)
     plan.check_source(Fake(50))  # type: ignore[arg-type]
@@ -178,6 +191,7 @@ def test_damaged_plans_are_refused(tmp_path: Path) -> None:
         ("plan.npy", bytes(flipped), "do not have the digests"),
         ("plan.npy", good["plan.npy"][:-4], "damaged"),
         ("plan.npy", b"", "damaged"),
+        ("plan.npy", good["plan.npy"].replace(b"}", b"y", 1), "damaged"),
     ]:
         (tmp_path / name).write_bytes(data)
         with pytest.raises(PlanError, match=message):

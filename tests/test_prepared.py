@@ -221,6 +221,7 @@ def _change_index(name: str, value: int) -> Callable[[Path], object]:
     [
         (lambda folder: edit(folder / INDEX, lambda data: data.__setitem__(-1, 7)), "index.npy is damaged or of another split"),
         (lambda folder: edit(folder / INDEX, lambda data: data.__delitem__(slice(50, None))), "index.npy cannot be read"),
+        (lambda folder: edit(folder / INDEX, lambda data: data.__setitem__(data.index(b"}"), 121)), "index.npy cannot be read"),
         (lambda folder: (folder / INDEX).unlink(), "index.npy cannot be read"),
         (lambda folder: (folder / NAMES).unlink(), "names.txt: no such file"),
         (lambda folder: (folder / MANIFEST).unlink(), "manifest.json cannot be read"),

@@ -130,6 +130,8 @@ def test_masks_count_from_zero_and_strange_values_are_named():
     assert class_mask(mask, plain).tolist() == mask.tolist()
     with pytest.raises(BadImage, match=r"values from 1 to 150, but there are 11 classes, 1 to 11"):
         class_mask(mask, SegmentConfig(num_classes=11))
+    with pytest.raises(BadImage, match="values from 256 to 256"):
+        class_mask(np.full((2, 2), 256, np.uint16), SegmentConfig(num_classes=150))
     with pytest.raises(BadImage, match="but there are 150 classes, 0 to 149"):
         class_mask(mask, SegmentConfig(num_classes=150, reduce_zero_label=False))
 

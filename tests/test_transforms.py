@@ -99,3 +99,14 @@ def test_an_evaluation_can_be_repeated_by_the_same_workers():
     ids = [batch.ids.tolist() for batch in loader]
     assert loader.batches_per_pass == 3
     assert ids == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]] * 3
+
+
+def test_a_validation_image_without_a_label_is_named(tmp_path):
+    for name in ("train/a/0.png", "val/a/0.png", "val/stray.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    container = open_container(str(tmp_path), "val", image_size=32)
+    loader = EvalLoader(container, config().data, image_size=32, batch_size=2, num_workers=0, labels=True)
+    (batch,) = loader
+    assert [(bad.name, bad.reason) for bad in batch.bad] == [("stray.png", "it has no label")]
+    assert batch.labels.tolist() == [0]

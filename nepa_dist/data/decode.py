@@ -90,7 +90,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I"):
         values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
+        if (image.mode == "I" and image.format == "TIFF") or values.min() < 0 or values.max() > 65535:
             raise BadImage("32-bit integer pixels have no known range")
         image = Image.fromarray((values >> 8).astype(np.uint8))
     elif image.mode == "F":

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tokenize
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -132,7 +133,7 @@ def read_index(path: Path, manifest: Manifest) -> NDArray[Any]:
     """
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, tokenize.TokenError) as error:  # the last for a damaged header
         raise ManifestError(f"{path} cannot be read: {error}") from None
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.num_samples,):
         raise ManifestError(f"{path} has {index.shape} records of another kind; the manifest says {manifest.num_samples}")

@@ -169,6 +169,7 @@ class EvalLoader(_Loader):
         num_workers: default: config.num_workers, or the cores of this process less one, at most 8.
         pin_memory: give batches in page-locked memory (needs a GPU).
         masks: give the class masks too; a sample without one is a bad sample.
+        labels: a sample without a label is a bad sample.
         transform: what makes an image, and its mask, of a sample; default: the centre, bilinear.
         passes: how often an iteration gives all samples, one time after the other: workers that are forked before other
             threads start can then serve many evaluations.
@@ -188,6 +189,7 @@ class EvalLoader(_Loader):
         num_workers: int | None = None,
         pin_memory: bool = False,
         masks: bool = False,
+        labels: bool = False,
         transform: Transform | None = None,
         passes: int = 1,
     ) -> None:
@@ -196,7 +198,14 @@ class EvalLoader(_Loader):
         self.batches_per_pass = -(-len(ids) // batch_size)
         super().__init__(
             _EvalBatches(
-                _Samples(container, AugmentConfig(crop="center"), transform, BatchShape(batch_size, image_size, masks), seed=0),
+                _Samples(
+                    container,
+                    AugmentConfig(crop="center"),
+                    transform,
+                    BatchShape(batch_size, image_size, masks),
+                    seed=0,
+                    labels=labels,
+                ),
                 ids,
                 passes,
             ),

@@ -65,6 +65,11 @@ def open_container(
     if checksums:
         raise without
     parts = [name for name in ("train", "val") if os.path.isdir(root / name)]
+    if len(parts) == 1 and _holds_images(root / parts[0]) and (beside := _other_classes(root, parts[0])):
+        raise DataError(
+            f"{root}: is {parts[0]}/ a split, or a class like {beside}/ beside it? Move the classes into {root / 'train'}/ "
+            f"(a class of that name too), or {beside}/ out of {root}"
+        )
     if split in parts:
         return FolderContainer(root / split, split, class_roots=[root / part for part in parts])
     if parts:
@@ -72,6 +77,21 @@ def open_container(
     if split == "val":
         raise DataError(f"{root} has no val/ folder, so there is no validation split: {_LAYOUT}")
     return FolderContainer(root, split)
+
+
+def _other_classes(root: Path, part: str) -> str | None:
+    """A folder with images beside ``part`` that is no split by its name."""
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    others = [name for name in names if name != part and not name.lower().startswith(("train", "val", "test"))]
+    return next((name for name in others if _holds_images(root / name)), None)
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether there are images in a folder itself."""
+    try:
+        return any(os.fsencode(name).lower().endswith(SUFFIXES) for name in os.listdir(folder))
+    except OSError:  # whoever reads it will say why it cannot be read
+        return False
 
 
 def _refuse_shards(folder: Path) -> None:

@@ -70,15 +70,14 @@ def class_mask(mask: Mask, config: SegmentConfig) -> NDArray[np.uint8]:
         BadImage: a class that does not exist.
     """
     wide = mask if np.iinfo(mask.dtype).max >= IGNORE else mask.astype(np.int64)
-    classes = reduce_zero_label(wide) if config.reduce_zero_label else wide
-    known = classes[classes != IGNORE]
-    limit = config.num_classes or IGNORE
-    if known.size and not 0 <= known.min() <= known.max() < limit:
-        offset = int(config.reduce_zero_label)
+    offset, limit = int(config.reduce_zero_label), config.num_classes or IGNORE
+    known = wide[(wide != IGNORE) & ((wide != 0) | (not config.reduce_zero_label))]
+    if known.size and not offset <= known.min() <= known.max() < limit + offset:
         raise BadImage(
-            f"the mask has class values from {known.min() + offset} to {known.max() + offset}, but there are {limit} classes, "
+            f"the mask has class values from {known.min()} to {known.max()}, but there are {limit} classes, "
             f"{offset} to {limit - 1 + offset} (segment.num_classes, segment.reduce_zero_label)"
         )
+    classes = reduce_zero_label(wide) if config.reduce_zero_label else wide
     return classes.astype(np.uint8)
 
 
