@@ -214,9 +214,10 @@ def check_memory(context: Context) -> Iterator[Finding]:
         yield skipped(f"{text}; cluster.gpu_memory_gigabytes is not set")
     elif needed > 0.95 * limit * 1e9:
         smaller = max(1, plan.micro_batch_size // 2)
+        again = "full" if config.engine.name == "zero3" else "selective"
         yield problem(
             f"{text} are more than the {limit:g} GB of a GPU: --set micro_batch_size={smaller}, "
-            "--set engine.activation_checkpointing=selective, or --engine fsdp2"
+            f"--set engine.activation_checkpointing={again}, or --engine fsdp2"
         )
     else:
         yield good(f"{text} of {limit:g}")
@@ -226,7 +227,13 @@ def check_init(context: Context) -> Iterator[Finding]:
     """What a run starts from is there, or an earlier stage makes it; and it is the same model."""
     config = context.config
     path = None if config.init.path is None else Path(config.init.path)
-    if path is None:
+    frozen = config.task == "finetune" and config.finetune.freeze_patch_embed
+    if path is None and frozen and newest_checkpoint(config.run_dir) is None:
+        yield problem(
+            "the patch embedding is frozen and would stay as it is drawn: pass --init RUN, or to start from random weights "
+            "--set finetune.freeze_patch_embed=false"
+        )
+    elif path is None:
         yield good("random weights")
     elif path in context.parents:
         yield good(f"{path}, which an earlier stage makes")
@@ -281,13 +288,15 @@ def check_space(context: Context) -> Iterator[Finding]:
     keep = config.checkpoint.keep_last + 1
     if config.checkpoint.keep_every is not None:
         keep += context.plan.steps // config.checkpoint.keep_every
-    parent = next(p for p in (context.run_dir, *context.run_dir.parents) if p.exists())
+    there = len(list((context.run_dir / "checkpoints").glob("step-*")))
+    keep = max(1, keep - there)
+    parent = next(p for p in (context.run_dir, *context.run_dir.parents) if os.path.exists(p))
     try:
         free, files = shutil.disk_usage(parent).free, os.statvfs(parent).f_favail
     except OSError as error:
         yield problem(f"{parent}: {error}")
         return
-    text = f"{keep} checkpoints of {size / 1e9:.3g} GB, {free / 1e9:.3g} GB free in {parent}"
+    text = f"{keep} {'more ' if there else ''}checkpoints of {size / 1e9:.3g} GB, {free / 1e9:.3g} GB free in {parent}"
     if keep * size > free:
         yield problem(f"{text}: make room, choose another place with --run-dir, or --set checkpoint.keep_last=1")
     elif 0 < files < 1000:
@@ -317,13 +326,16 @@ def check_trainer(context: Context) -> Iterator[Finding]:
     path = context.run_dir / ".lock"
     try:
         with path.open("r+", encoding="utf-8") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                holder = file.read().strip()
+                yield problem(f"a run is going on in {context.run_dir} ({holder}): wait, stop it, or give another --name")
+                return
     except FileNotFoundError:
         pass
-    except OSError:
-        yield problem(
-            f"a run is going on in {context.run_dir} ({path.read_text().strip()}): wait, stop it, or give another --name"
-        )
+    except OSError as error:
+        yield problem(f"{path} cannot be opened: {error.strerror}; choose another place with --run-dir, or another --name")
         return
     yield good("nothing trains there")
 

@@ -38,8 +38,11 @@ def check_local_gpus(context: Context) -> Iterator[Finding]:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10).stdout
     except (OSError, subprocess.TimeoutExpired):
         listed = ""
-    found, wanted = listed.count("GPU "), context.config.cluster.gpus_per_node
-    if context.config.engine.device == "cpu" or not found:
+    found, wanted, engine = listed.count("GPU "), context.config.cluster.gpus_per_node, context.config.engine
+    if not found and (engine.device == "cuda" or engine.kernels == "triton"):
+        asks = "engine.device is cuda" if engine.device == "cuda" else "engine.kernels is triton"
+        yield problem(f"{asks}, but this machine has no GPU (nvidia-smi -L lists none): use auto, or --cluster slurm")
+    elif engine.device == "cpu" or not found:
         yield good(f"{wanted} ranks on the CPU")
     elif wanted > found:
         yield problem(f"{wanted} ranks on {found} GPUs: --gpus-per-node {found}, or --set engine.device=cpu")

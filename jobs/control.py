@@ -15,9 +15,10 @@ from jobs import scheduler
 from jobs.launch import LaunchError, launch_local, resubmit
 from jobs.runs import JOB, is_finished, named_run, newest_checkpoint, read_json
 from jobs.scheduler import SchedulerError
-from jobs.status import find_runs, running_here
+from jobs.status import find_runs, no_run, running_here
 from nepa_dist.config import Config, ConfigError
 from nepa_dist.config_load import load_config
+from nepa_dist.guard import EXIT_AGAIN
 
 
 class ControlError(ValueError):
@@ -30,8 +31,10 @@ def main(command: str, argv: Sequence[str]) -> tuple[int, list[str]]:
     try:
         if command == "logs":
             return show_logs(args), []
+        if problems := [no_run(folder) for folder in args.run if next(find_runs(folder), None) is None]:
+            return 2, problems
         if command == "resume":
-            return max(resume(run) for run in args.run), []
+            return resume_all(args.run), []
         for folder in args.run:
             end_runs(folder, save=command == "stop" and args.save)
     except (ControlError, ConfigError, LaunchError, SchedulerError) as error:
@@ -46,11 +49,8 @@ def end_runs(folder: Path, *, save: bool) -> None:
         ControlError: none does.
         SchedulerError: SLURM refuses.
     """
-    runs = list(find_runs(folder))
-    if not runs:
-        raise ControlError(f"no run in {folder}: name the folder of a run, such as runs/NAME")
     ended, problems = 0, []
-    for run in runs:
+    for run in find_runs(folder):
         try:
             print(end_run(run, save=save), flush=True)
             ended += 1
@@ -96,16 +96,30 @@ def hold(run: Path) -> None:
     (run / JOB / "hold").touch()
 
 
+def resume_all(runs: Sequence[Path]) -> int:
+    """:func:`resume` one run after the other, until one is told to stop; returns the highest exit code.
+
+    Raises:
+        ControlError: a folder is not that of a run; then none is resumed.
+    """
+    for run in runs:
+        if not os.path.exists(run / "config.yaml"):
+            raise ControlError(f"{run} is not the folder of a run: give the command of the pipeline or sweep again")
+    code = 0
+    for run in runs:
+        code = max(code, resume(run))
+        if code == EXIT_AGAIN:
+            break
+    return code
+
+
 def resume(run: Path) -> int:
     """Start a run again with its own settings and, as a job, its own code; returns the exit code.
 
     Raises:
-        ControlError: it runs, or its folder is not that of a run.
+        ControlError: it runs.
         LaunchError: it could not be started.
     """
-    if not (run / "config.yaml").exists():
-        hint = ": give the command of the pipeline or sweep again" if next(find_runs(run), None) else ""
-        raise ControlError(f"{run} is not the folder of a run{hint}")
     config = read_config(run)
     if is_finished(run):
         print(f"this run is finished: {run} holds all {newest_checkpoint(run)} steps; nothing to do")
@@ -157,8 +171,8 @@ def log_files(run: Path, rank: int | None) -> list[Path]:
     Raises:
         ControlError: the folder is not that of a run.
     """
-    if not (run / "config.yaml").exists():
-        raise ControlError(f"{run} is not the folder of a run")
+    if not os.path.exists(run / "config.yaml"):
+        raise ControlError(f"{run} is not the folder of a run" if os.path.lexists(run) else no_run(run))
     facts = read_json(run / JOB / "job.json")
     own = run / "log.txt" if rank is None and not facts else run / "logs" / f"rank-{rank or 0}.txt"
     batch = [Path(str(facts["log"]))] if rank is None and "log" in facts else []
@@ -190,6 +204,12 @@ def _last_lines(path: Path, count: int) -> tuple[list[str], int]:
     return content.decode(errors="replace").splitlines()[-count:], max(0, size - 400 * count) + len(content)
 
 
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
 def _parser(command: str) -> argparse.ArgumentParser:
     what = {
         "logs": "What a run says.",
@@ -202,7 +222,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("run", type=named_run, help="folder of the run")
         parser.add_argument("-f", "--follow", action="store_true", help="go on with what it says from now on")
         parser.add_argument("--rank", type=int, metavar="R", help="of one rank; default: of rank 0, after those of the job")
-        parser.add_argument("-n", "--lines", type=int, default=30, metavar="N", help="of the end (30)")
+        parser.add_argument("-n", "--lines", type=_positive, default=30, metavar="N", help="of the end (30)")
         return parser
     of_several = "" if command == "resume" else ", pipeline or sweep"
     parser.add_argument("run", nargs="+", type=named_run, help=f"folder of a run{of_several}")

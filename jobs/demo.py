@@ -5,6 +5,7 @@ Every step is a command that a user could type; each is printed before it runs. 
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import signal
@@ -29,6 +30,7 @@ STOP_AT_STEP = 100
 
 def main() -> int:
     """Run the demo in the project's folder; returns the exit code."""
+    argparse.ArgumentParser(prog="make demo", description=str(__doc__)).parse_args()
     os.chdir(ROOT)
     started = time.monotonic()
     title = "1. Pretrain on scenes of handwritten digits; stopped on the way, as a scheduler would."

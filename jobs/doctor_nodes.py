@@ -66,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
         return cluster.USER_ERROR
     try:
         site = load_config([CONFIGS / "cluster" / f"{name}.yaml", *args.config]).cluster.model_dump()
-        where = ClusterConfig.model_validate(site | {key: value for key, value in given.items() if value is not None})
+        cluster_settings = site | {key: value for key, value in given.items() if value is not None}
+        where = load_config(base={"cluster": cluster_settings}).cluster
     except ValueError as error:
         print(error, file=sys.stderr)
         return cluster.USER_ERROR

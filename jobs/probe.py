@@ -17,7 +17,7 @@ from jobs.options import CONFIGS, recipe_names, with_value
 from jobs.runs import named_run, newest_checkpoint, read_json
 from jobs.slurm import Job, SubmitError
 from jobs.snapshot import read_code, write_snapshot
-from nepa_dist.config import ClusterConfig, Config, ConfigError
+from nepa_dist.config import ClusterConfig, Config, ConfigError, nearest
 from nepa_dist.config_load import load_config
 
 RECORD = "probe"
@@ -29,7 +29,8 @@ def main(argv: Sequence[str]) -> tuple[int, list[str]]:
     """The command line; returns the exit code, and problems."""
     parser = argparse.ArgumentParser(
         prog="python jobs/submit.py probe",
-        description="Probe the frozen features of pretraining runs; further options are those of python -m nepa_dist.evaluate.",
+        description="Probe the frozen features of pretraining runs.",
+        epilog="Options of python -m nepa_dist.evaluate come after --, for example: probe RUN -- --num-train 2000",
         allow_abbrev=False,
     )
     parser.add_argument("run", nargs="+", type=named_run, help="folder of a run")
@@ -38,8 +39,8 @@ def main(argv: Sequence[str]) -> tuple[int, list[str]]:
     known = list(argv)
     options = known[known.index("--") + 1 :] if "--" in known else []
     args = parser.parse_args(known[: known.index("--")] if "--" in known else known)
-    if args.cluster not in recipe_names("cluster"):
-        return 2, [f"unknown cluster {args.cluster!r} (known: {', '.join(recipe_names('cluster'))})"]
+    if args.cluster not in (known := recipe_names("cluster")):
+        return 2, [f"unknown cluster {args.cluster!r} (known: {', '.join(known)}){nearest(args.cluster, known)}"]
     if missing := [f"{run} has no checkpoint to probe" for run in args.run if newest_checkpoint(run) is None]:
         return 2, missing
     try:

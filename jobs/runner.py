@@ -22,7 +22,7 @@ from typing import NoReturn
 from jobs.cluster import LAUNCHER_PID, USER_ERROR, environment_from_srun
 from jobs.payload import check_code, read_secrets, refuse_foreign
 from jobs.runs import BATCH, KINDS, last_line, write_outcome
-from nepa_dist.guard import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, STOP_SIGNALS
+from nepa_dist.guard import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, STOP_SIGNALS, RunInUse
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if is_user_error(error):
             print(error, file=sys.stderr, flush=True)
-            _note(run_dir, "mistake", f"rank {os.environ.get('RANK', '0')}: {error}")
+            if not isinstance(error, RunInUse):  # how the run of the other trainer ends is not for this one to say
+                _note(run_dir, "mistake", f"rank {os.environ.get('RANK', '0')}: {error}")
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 os._exit(USER_ERROR)  # the interpreter's exit may wait for a collective that the other ranks are in
             return USER_ERROR

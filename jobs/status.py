@@ -18,9 +18,8 @@ from jobs import scheduler
 from jobs.options import TASKS
 from jobs.runs import JOB, named_run, newest_checkpoint, read_json, read_outcome, read_progress, tail_rows
 from jobs.scheduler import QueueEntry, SchedulerError
+from nepa_dist.config import RESERVED_NAMES, nearest
 
-_SKIPPED = {"code", "checkpoints", "figures", "logs", "best", JOB}
-"""Folders in which there is no run."""
 _MAX_DEPTH = 3
 _HEAD = ("run", "state", "step", "loss", "images/s", "left", "checkpoint", "starts", "job")
 
@@ -43,27 +42,40 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("folder", nargs="*", type=named_run, help="of runs, pipelines or sweeps; default: runs")
     args = parser.parse_args(argv)
-    folders = list(dict.fromkeys(found for folder in args.folder or [Path("runs")] for found in find_runs(folder)))
-    if not folders:
-        print(f"no runs in {', '.join(map(str, args.folder or [Path('runs')]))}", file=sys.stderr)
-        return 2
-    runs, remark = look(folders)
-    print("\n".join(table(runs)))
-    if remark:
-        print(remark, file=sys.stderr)
-    return 0
+    found = {folder: list(find_runs(folder)) for folder in args.folder or [Path("runs")]}
+    for folder in (folder for folder, runs in found.items() if not runs):
+        print(no_run(folder), file=sys.stderr)
+    if folders := list(dict.fromkeys(run for runs in found.values() for run in runs)):
+        runs, remark = look(folders)
+        print("\n".join(table(runs)))
+        if remark:
+            print(remark, file=sys.stderr)
+    return 0 if all(found.values()) else 2
+
+
+def no_run(folder: Path) -> str:
+    """Says that there is no run in a folder, and which name may have been meant."""
+    if os.path.lexists(folder) and not os.access(folder, os.R_OK | os.X_OK):
+        return f"no permission to look into {folder}"
+    beside = folder.parent if folder.parent.name else Path("runs")
+    try:
+        names = [entry.name for entry in os.scandir(beside) if entry.is_dir()]
+    except OSError:
+        names = []
+    hint = "" if os.path.lexists(folder) else nearest(folder.name, names)
+    return f"no runs in {folder}{hint}"
 
 
 def find_runs(folder: Path, depth: int = _MAX_DEPTH) -> Iterator[Path]:
     """Folders of runs at or below a folder: first those in it, in the order of the stages of a pipeline, then by name."""
-    if (folder / "config.yaml").exists():
+    if os.path.exists(folder / "config.yaml"):  # False also where it may not be looked for
         yield folder
         return
     try:
         names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
     except OSError:
         return
-    inner = [folder / name for name in names if depth and name not in _SKIPPED]
+    inner = [folder / name for name in names if depth and name not in RESERVED_NAMES]
     for found in sorted(inner, key=lambda path: (_stage(path), path.name)):
         yield from find_runs(found, depth - 1)
 

@@ -298,8 +298,14 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+RESERVED_NAMES = ("best", "checkpoints", "code", "figures", "job", "logs", "prometheus")
+"""Folders in that of a run, or beside runs, that are no runs."""
+
+
 def name_problem(text: str) -> str:
     """Why a text cannot name a run, or a folder of runs; empty if it can."""
+    if text in RESERVED_NAMES:
+        return f"{text!r} cannot name a run: other things have that name in the folders of runs"
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
         return ""
     rule = "1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or digit"

@@ -191,6 +191,7 @@ class _Images:
     def __init__(self, container: Container, data: DataConfig, size: int, count: int | None, device: torch.device) -> None:
         self._container, self._data, self._size, self._device = container, data, size, device
         self._indices = spread(len(container), count)
+        self._numbers = {index: number for number, index in enumerate(self._indices)}
         self._left_out: set[str] = set()
 
     def __len__(self) -> int:
@@ -208,7 +209,8 @@ class _Images:
                     print(f"left out: {bad.name}: {bad.reason}", file=sys.stderr)
                     self._left_out.add(bad.name)
             if len(batch.ids):
-                yield to_device(batch, self._device, self._data.mean, self._data.std)
+                numbers = torch.tensor([self._numbers[index] for index in batch.ids.tolist()])
+                yield to_device(batch, self._device, self._data.mean, self._data.std) | {"numbers": numbers}
 
 
 @torch.inference_mode()

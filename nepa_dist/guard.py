@@ -127,6 +127,10 @@ def count_bad_samples(state: TrainState, found: Mapping[str, str], limit: int) -
     return new
 
 
+class RunInUse(RunAborted):
+    """Another trainer holds the run."""
+
+
 class RunLock:
     """Keeps a second trainer out of a run folder. Dies with the process, however it ends."""
 
@@ -147,7 +151,7 @@ class RunLock:
                 if time.monotonic() > deadline:
                     self._file.seek(0)
                     holder = self._file.read().strip() or "unknown"
-                    raise RunAborted(
+                    raise RunInUse(
                         f"{self._path.parent} is in use by another trainer ({holder}). "
                         f"Wait for it, stop it, or give another --name."
                     ) from None

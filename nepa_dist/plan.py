@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from nepa_dist.config import Config, ConfigError, kernels_obstacle
+from nepa_dist.config import AugmentConfig, Config, ConfigError, kernels_obstacle
 
 
 class Plan(NamedTuple):
@@ -122,7 +122,14 @@ def _task_problems(config: Config) -> list[str]:
             )
         if segment.num_classes is not None and segment.num_classes > 255:
             problems.append(f"segment.num_classes {segment.num_classes}: masks are bytes and 255 is ignored, so at most 255")
+        default = AugmentConfig()
+        unused = ("crop", "scale", "ratio", "interpolation", "randaugment_magnitude", "randaugment_std", "color_jitter")
+        if given := [name for name in unused if getattr(config.data.augment, name) != getattr(default, name)]:
+            named = ", ".join(f"data.augment.{name}" for name in given)
+            problems.append(f"{named} has no effect on segmentation, which cuts and colours images in its own way")
     optim = config.optim
+    if optim.head_lr is not None and config.task != "finetune":
+        problems.append(f"optim.head_lr is for fine-tuning; it has no effect on {config.task}")
     if optim.layer_warmup and (optim.layer_decay == 1 or optim.layer_decay_schedule != "fixed"):
         problems.append("optim.layer_warmup needs optim.layer_decay below 1 and optim.layer_decay_schedule: fixed")
     if config.task == "pretrain" and optim.layer_decay < 1:
@@ -141,6 +148,11 @@ def _engine_problems(config: Config) -> list[str]:
         problems.append(
             "engine.compile with engine.name zero3: DeepSpeed gathers weights in hooks inside the block, which a compiled one "
             "does not call; use fsdp2, which shards as much, or compile: false"
+        )
+    if engine.activation_checkpointing == "selective" and engine.name == "zero3":
+        problems.append(
+            "engine.activation_checkpointing selective with engine.name zero3: DeepSpeed frees weights inside the block, and "
+            "not at the same place when the block is computed again; use full, or fsdp2"
         )
     if engine.fp8 != "off" and engine.precision == "fp32":
         problems.append(f"engine.fp8 {engine.fp8} with engine.precision fp32: all else is in bf16 then; use bf16_autocast")

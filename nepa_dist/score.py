@@ -32,6 +32,18 @@ from nepa_dist.tasks.segment import SegmentTask
 from nepa_dist.trained import load_trained
 from nepa_dist.validation import measure
 
+_SETTINGS = (
+    "data.",
+    "evaluate.",
+    "engine.precision=",
+    "segment.window=",
+    "segment.stride=",
+    "segment.eval_scales=",
+    "segment.eval_flip=",
+    "segment.reduce_zero_label=",
+)
+"""Beginnings of what ``--set`` takes: settings that a score depends on and that are not those of the model."""
+
 
 def score(task: Task, config: Config, device: torch.device, names: Sequence[str] = ()) -> Scores:
     """Measure a task on the validation split of ``config.data``.
@@ -137,9 +149,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _config(config: Config, source: str | None, overrides: list[str]) -> Config:
     """The configuration of the weights, with other data and other settings of the evaluation."""
-    strange = [item for item in overrides if not item.startswith(("data.", "engine.", "evaluate.", "segment."))]
-    if strange:
-        raise ConfigError([f"--set {item}: only data, engine, evaluate and segment matter here" for item in strange])
+    if strange := [item for item in overrides if not item.startswith(_SETTINGS)]:
+        known = ", ".join(name.rstrip(".=") for name in _SETTINGS)
+        raise ConfigError([f"--set {item}: only {known} matter here" for item in strange])
     layers = config.model_dump(mode="json")
     if source is not None:
         layers["data"]["source"] = source

@@ -51,7 +51,7 @@ class Source:
     def batches(self, order=None, *, batch_size=None):
         indices = torch.arange(len(self)) if order is None else torch.tensor(order)
         for part in indices.split(batch_size or 50):
-            yield {"images": self.images[part], "labels": self.labels[part]}
+            yield {"images": self.images[part], "labels": self.labels[part], "numbers": part}
 
 
 def test_it_finds_the_token_that_the_mean_hides():
@@ -81,6 +81,21 @@ def test_memory_and_repetition_do_not_change_the_result():
     )
     other = attentive_accuracy(Backbone(), Source(300, 0), Source(150, 1), layers=[0], epochs=8, seed=6, cache_bytes=1 << 30)
     assert other[0] != results[0][0][0]
+
+
+def test_images_that_cannot_be_read_are_left_out_with_and_without_memory():
+    class Spoilt(Source):
+        def batches(self, order=None, *, batch_size=None):
+            indices = torch.arange(len(self)) if order is None else torch.tensor(order)
+            for part in indices.split(batch_size or 50):
+                part = part[(part != 7) & (part != 99)]
+                yield {"images": self.images[part], "labels": self.labels[part], "numbers": part}
+
+    one, other = (
+        attentive_accuracy(Backbone(), Spoilt(300, 0), Source(150, 1), layers=[0], epochs=8, cache_bytes=cache_bytes)
+        for cache_bytes in (1 << 30, 0)
+    )
+    assert one == other
 
 
 def test_layers_do_not_influence_each_other():

@@ -268,6 +268,35 @@ def test_a_disk_that_is_too_small_is_found(desk: Desk, monkeypatch: pytest.Monke
     text = desk()
     assert re.search(r"4 checkpoints of 0.08\d+ GB, 1e-06 GB free", text)
     assert "--set checkpoint.keep_last=1" in text
+    for step in (2, 4, 6):
+        Path(f"runs/pretrain-vit_tiny-digits/checkpoints/step-{step:08d}").mkdir(parents=True)
+    assert re.search(r"1 more checkpoints of 0.08\d+ GB", desk()), "what is there already takes no more room"
+
+
+def test_a_lock_that_cannot_be_opened_is_no_run(desk: Desk) -> None:
+    Path("runs/pretrain-vit_tiny-digits/.lock").mkdir(parents=True)
+    text = desk()
+    assert ".lock cannot be opened" in text
+    assert "a run is going on" not in text
+
+
+@pytest.mark.parametrize("setting", ["engine.device=cuda", "engine.kernels=triton"])
+def test_a_gpu_that_is_asked_for_must_be_there(desk: Desk, tmp_path: Path, setting: str) -> None:
+    (tmp_path / "one.yaml").write_text("cluster: {launcher: local}")
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+    text = desk("--cluster", "local", "--config", "one.yaml", "--nodes", "1", "--set", setting)
+    assert f"{setting.replace('=', ' is ')}, but this machine has no GPU" in text
+
+
+def test_a_patch_embedding_is_not_frozen_as_it_is_drawn(desk: Desk) -> None:
+    assert "frozen and would stay as it is drawn: pass --init RUN" in desk(task="finetune")
+    assert "random weights" in desk("--set", "finetune.freeze_patch_embed=false", task="finetune", expected=0)
+
+
+@pytest.mark.parametrize("name", ["prometheus", "best", "logs"])
+def test_names_of_other_things_are_no_names_of_runs(desk: Desk, name: str) -> None:
+    assert f"'{name}' cannot name a run" in desk("--name", name)
 
 
 @pytest.mark.parametrize("kind", ["a line", "a name", "a value"])

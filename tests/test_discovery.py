@@ -56,7 +56,13 @@ def test_prune_removes_what_is_stale_and_nothing_else(tmp_path, capsys):
     assert main(["targets", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith("dead: ")
     assert os.listdir(folder) == ["alive.json"]
+    (folder / "config.yaml").write_text("of somebody else")
+    age(folder / "config.yaml", 10 * LEASE_SECONDS)
+    assert prune(tmp_path) == []
+    assert sorted(os.listdir(folder)) == ["alive.json", "config.yaml"]
     assert prune(tmp_path / "nothing") == []
+    assert main(["targets", str(tmp_path / "nothing")]) != 0
+    assert "is not a folder" in capsys.readouterr().err
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path, monkeypatch):

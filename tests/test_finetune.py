@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from nepa_dist.config import Config, ConfigError, FinetuneConfig, ModelConfig
 from nepa_dist.config_load import load_config
+from nepa_dist.engines.build import build_engine
 from nepa_dist.optim import learning_rate
 from nepa_dist.plan import make_plan
 from nepa_dist.tasks.base import HEAD_LAYER
@@ -50,6 +51,25 @@ def test_the_loss_is_cross_entropy_with_the_smoothed_mixed_labels():
     torch.testing.assert_close(task(mixed)[0], expected)
     other = task.prepare(dict(plain), step=5, micro_batch=3)
     assert not torch.equal(other["images"], mixed["images"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_autocast", "bf16_params"])
+def test_soft_labels_are_exact_in_every_precision(precision):
+    config = Config.model_validate(
+        {
+            "task": "finetune",
+            "model": {"image_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
+            "finetune": {"num_classes": 7},
+            "engine": {"precision": precision, "device": "cpu"},
+            "global_batch_size": 4,
+        }
+    )
+    task = build_task(config).train()
+    engine = build_engine(task, config, make_plan(config, 4), torch.device("cpu"))
+    batch = {"images": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 2, 3])}
+    loss, _ = engine.model(task.prepare(batch, step=0, micro_batch=0))
+    assert loss.item() == pytest.approx(math.log(7), abs=1e-5)
+    engine.close()
 
 
 def test_the_patch_embedding_is_frozen_and_cls_is_not():

@@ -232,7 +232,7 @@ def test_a_running_job_is_stopped_by_a_signal_and_does_not_come_back(desk: Path,
     assert (desk / "scancel-calls").read_text().endswith("\n41\n")
     capsys.readouterr()
     assert submit.main(["cancel", "runs/nothing"]) == 2
-    assert "no run in runs/nothing" in capsys.readouterr().err
+    assert "no runs in runs/nothing" in capsys.readouterr().err
     make_run("p/pretrain", outcome="finished")
     make_run("p/finetune", job="42")
     assert submit.main(["cancel", "runs/p"]) == 0
@@ -280,6 +280,30 @@ def test_resume_starts_a_local_run_again_with_its_settings(
     make_run("p/pretrain", step=5)
     assert submit.main(["resume", "runs/p"]) == 2
     assert "give the command of the pipeline or sweep again" in capsys.readouterr().err
+
+
+def test_of_several_that_are_resumed_none_starts_beside_a_wrong_name_or_after_a_stop(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(cluster, "run_local", lambda run_dir, world_size: calls.append(run_dir.name) or 75)
+    for name in ("first", "second"):
+        make_run(name, step=5, outcome="stopped")
+    assert submit.main(["resume", "runs/first", "runs/secnd"]) == 2
+    assert "nothing was done:\n  - no runs in runs/secnd; did you mean 'second'?" in capsys.readouterr().err
+    assert calls == []
+    assert submit.main(["resume", "runs/first", "runs/second"]) == 75
+    assert calls == ["first"], "who stops it means all of them"
+
+
+def test_status_names_what_it_does_not_find(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run("mine", step=5)
+    assert submit.main(["status", "mine", "mina", "nothing-like-it"]) == 2
+    captured = capsys.readouterr()
+    assert "mine" in captured.out
+    assert captured.err == "no runs in mina; did you mean 'mine'?\nno runs in nothing-like-it\n"
+    assert submit.main(["logs", "mina"]) == 2
+    assert "did you mean 'mine'?" in capsys.readouterr().err
 
 
 def test_finished_is_what_the_outcome_and_the_checkpoint_say(desk: Path) -> None:

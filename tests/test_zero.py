@@ -33,7 +33,7 @@ VARIANTS = {
     "kept whole": {},
     "small buckets": {},
 }
-CHECKPOINTED = [("zero1", "full"), ("zero2", "full"), ("zero3", "full"), ("zero3", "selective")]
+CHECKPOINTED = [("zero1", "full"), ("zero2", "full"), ("zero3", "full"), ("zero2", "selective")]
 ROUNDED = [(name, "bf16") for name in ZERO]
 ELSEWHERE = [("zero2", "small buckets"), ("zero3", "small buckets"), ("zero3", "kept gathered"), ("zero3", "kept whole")]
 ROOT = Path(__file__).resolve().parents[1]

@@ -97,6 +97,7 @@ def usable_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # a build without CUDA asserts
         raise ValueError(f"device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    torch.backends.cudnn.allow_tf32 = False  # what is measured in fp32 is: torch's own choice has convolutions in TF32
     return device
 
 

@@ -37,7 +37,7 @@ from nepa_dist.engines.base import (
     copy_state,
 )
 from nepa_dist.engines.census import Census, Part
-from nepa_dist.engines.native import in_bf16, swap
+from nepa_dist.engines.native import images_in_bf16, swap
 from nepa_dist.engines.prepare import prepare
 from nepa_dist.optim import AdamWEMA, param_groups
 from nepa_dist.plan import Plan
@@ -293,7 +293,7 @@ class _Root(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Any:
         if self._precision == "bf16_params":
-            batch = in_bf16(batch)
+            batch = images_in_bf16(batch)
         with torch.autocast(self._device_type, dtype=torch.bfloat16, enabled=self._precision == "bf16_autocast"):
             return self.task(batch)
 

@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(args.out)
         elif args.command == "replay":
             _replay(args.run, args.out)
+        elif not args.run_root.is_dir():
+            raise ValueError(f"{args.run_root} is not a folder")
         elif args.watch:
             watch(args.run_root)
         else:

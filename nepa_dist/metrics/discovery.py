@@ -92,6 +92,8 @@ def prune(run_root: Path, lease_seconds: float = LEASE_SECONDS) -> list[str]:
     now = _time_of(folder)
     removed = []
     for path in sorted(folder.iterdir()):
+        if path.suffix != ".json" and not path.name.startswith("."):
+            continue  # not of this project
         with suppress(FileNotFoundError):
             if now - path.stat().st_mtime > lease_seconds:
                 path.unlink()

@@ -48,7 +48,9 @@ class ImageSource(Protocol):
         """Number of images n, unreadable ones included."""
 
     def batches(self, order: Sequence[int] | None = None, *, batch_size: int | None = None) -> Iterable[Mapping[str, Tensor]]:
-        """Batches of ``images`` [B, 3, H, W] float, normalised, and ``labels`` [B]; unreadable images are left out.
+        """Batches of ``images`` [B, 3, H, W] float, normalised, their ``labels`` [B] and ``numbers`` [B].
+
+        Unreadable images are left out.
 
         Args:
             order: which images, by their number from 0 to n - 1; default: all, in order.
@@ -177,9 +179,10 @@ class _TrainingTokens:
         self._device = next(backbone.parameters()).device
         self._cache: dict[Layer, Tensor] | None = None
         labels: list[Tensor] = []
+        numbers: list[Tensor] = []
         sums: dict[Layer, Tensor] = {}
         count = filled = 0
-        for index, (tokens, part) in enumerate(self._compute(None)):
+        for index, (tokens, part, number) in enumerate(self._compute(None)):
             if index == 0:
                 self._cache = self._new_cache(tokens, cache_bytes)
             for layer, x in tokens.items():
@@ -190,6 +193,7 @@ class _TrainingTokens:
             count += flat.shape[0]
             filled += len(part)
             labels.append(part)
+            numbers.append(number)
         if not labels:
             raise ValueError("there are no batches to extract features from: the data is empty")
         self._labels = torch.cat(labels)
@@ -201,21 +205,24 @@ class _TrainingTokens:
                 f"all {filled} training images are of class {int(labels[0][0])}; a probe needs at least two classes"
             )
         self.num_images = filled
+        self._numbers = torch.cat(numbers)  # of the images that can be read
         self.moments = {layer: _to_moments(layer, total, count) for layer, total in sums.items()}
 
     def batches(self, order: Tensor) -> Iterator[tuple[dict[Layer, Tensor], Tensor]]:
         """Tokens [B, N, D] by layer and targets [B], class indices from 0, in an order of the images; on the device."""
         if self._cache is None:
-            for tokens, labels in self._compute(order.tolist()):
+            for tokens, labels, _ in self._compute(self._numbers[order].tolist()):
                 yield tokens, torch.searchsorted(self.classes, labels).to(self._device)
             return
         for part in order.split(ATTENTIVE_BATCH_SIZE):
             targets = torch.searchsorted(self.classes, self._labels[part])
             yield {layer: x[part].to(self._device) for layer, x in self._cache.items()}, targets.to(self._device)
 
-    def _compute(self, order: Sequence[int] | None) -> Iterator[tuple[dict[Layer, Tensor], Tensor]]:
+    def _compute(self, order: Sequence[int] | None) -> Iterator[tuple[dict[Layer, Tensor], Tensor, Tensor]]:
+        """Tokens by layer, labels and numbers of the images in the source, batch by batch."""
         for batch in self._source.batches(order, batch_size=ATTENTIVE_BATCH_SIZE):
-            yield _patch_tokens(self._backbone, batch["images"], self._layers, self._causal), batch["labels"].cpu()
+            tokens = _patch_tokens(self._backbone, batch["images"], self._layers, self._causal)
+            yield tokens, batch["labels"].cpu(), batch["numbers"].cpu()
 
     def _new_cache(self, tokens: dict[Layer, Tensor], limit: int) -> dict[Layer, Tensor] | None:
         n = len(self._source)
