@@ -228,7 +228,12 @@ def check_init(context: Context) -> Iterator[Finding]:
     config = context.config
     path = None if config.init.path is None else Path(config.init.path)
     frozen = config.task == "finetune" and config.finetune.freeze_patch_embed
-    if path is None and frozen and newest_checkpoint(config.run_dir) is None:
+    if (
+        path is None
+        and frozen
+        and not (context.args.dry_run or context.args.print)
+        and newest_checkpoint(config.run_dir) is None
+    ):
         yield problem(
             "the patch embedding is frozen and would stay as it is drawn: pass --init RUN, or to start from random weights "
             "--set finetune.freeze_patch_embed=false"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from nepa_dist.config import AugmentConfig, Config, ConfigError, kernels_obstacle
+from nepa_dist.config import Config, ConfigError, kernels_obstacle
 
 
 class Plan(NamedTuple):
@@ -122,11 +122,6 @@ def _task_problems(config: Config) -> list[str]:
             )
         if segment.num_classes is not None and segment.num_classes > 255:
             problems.append(f"segment.num_classes {segment.num_classes}: masks are bytes and 255 is ignored, so at most 255")
-        default = AugmentConfig()
-        unused = ("crop", "scale", "ratio", "interpolation", "randaugment_magnitude", "randaugment_std", "color_jitter")
-        if given := [name for name in unused if getattr(config.data.augment, name) != getattr(default, name)]:
-            named = ", ".join(f"data.augment.{name}" for name in given)
-            problems.append(f"{named} has no effect on segmentation, which cuts and colours images in its own way")
     optim = config.optim
     if optim.head_lr is not None and config.task != "finetune":
         problems.append(f"optim.head_lr is for fine-tuning; it has no effect on {config.task}")

@@ -277,6 +277,15 @@ def test_the_code_of_the_training_is_the_code_of_the_rank(tmp_path: Path, code: 
     assert (done.returncode, done.stdout, done.stderr) == (code, "steps 12\n", "")
 
 
+def test_who_is_refused_says_nothing_of_how_the_run_ends(tmp_path: Path) -> None:
+    training = "def main(config):\n    from nepa_dist.guard import RunInUse as E\n    raise E('in use by another trainer')"
+    done = run_rank(tmp_path / "run", training)
+    assert (done.returncode, done.stderr) == (2, "in use by another trainer\n")
+    assert not (tmp_path / "run" / "job" / "outcome.json").exists()
+    assert run_rank(tmp_path / "run", training.replace("RunInUse", "RunAborted")).returncode == 2
+    assert "mistake" in (tmp_path / "run" / "job" / "outcome.json").read_text()
+
+
 def test_a_failure_has_a_traceback_in_the_log_and_one_clear_last_line(tmp_path: Path) -> None:
     training = "def main(config):\n    inner()\ndef inner():\n    raise RuntimeError('shapes differ')"
     for rank in (0, 3):

@@ -166,7 +166,11 @@ def test_two_ranks_score_every_image_once(whole, tmp_path):
     """Drop path, dropout and mixup depend on how the batch is split, so these are off."""
     task, _ = whole
     still = ["model.drop_path=0.0", "steps=4"]
-    still += ["finetune.mixup=0", "finetune.cutmix=0"] if task == "finetune" else ["segment.dropout=0.0"]
+    still += (
+        ["finetune.mixup=0", "finetune.cutmix=0", "finetune.freeze_patch_embed=false"]
+        if task == "finetune"
+        else ["segment.dropout=0.0"]
+    )
     for ranks in (1, 2):
         result = run(task, tmp_path / str(ranks), *still, options=["--gpus-per-node", str(ranks)])
         assert result.returncode == 0, result.stderr
@@ -228,6 +232,7 @@ def test_a_finished_run_says_so(whole):
 def test_a_signal_during_validation_is_heard_and_the_validation_made_up_for(pretrained, tmp_path):
     run_dir = tmp_path / "run"
     slow = ["evaluate.max_samples=2000", "evaluate.batch_size=1", "steps=4", "data.num_workers=0"]
+    slow += ["finetune.freeze_patch_embed=false"]
     process = subprocess.Popen(
         command("finetune", run_dir, *slow), stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

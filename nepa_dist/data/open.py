@@ -89,7 +89,8 @@ def _other_classes(root: Path, part: str) -> str | None:
 def _holds_images(folder: Path) -> bool:
     """Whether there are images in a folder itself."""
     try:
-        return any(os.fsencode(name).lower().endswith(SUFFIXES) for name in os.listdir(folder))
+        with os.scandir(os.fsencode(folder)) as found:
+            return any(entry.name.lower().endswith(SUFFIXES) for entry in found)
     except OSError:  # whoever reads it will say why it cannot be read
         return False
 
