@@ -277,15 +277,6 @@ def test_the_code_of_the_training_is_the_code_of_the_rank(tmp_path: Path, code: 
     assert (done.returncode, done.stdout, done.stderr) == (code, "steps 12\n", "")
 
 
-def test_who_is_refused_says_nothing_of_how_the_run_ends(tmp_path: Path) -> None:
-    training = "def main(config):\n    from nepa_dist.guard import RunInUse as E\n    raise E('in use by another trainer')"
-    done = run_rank(tmp_path / "run", training)
-    assert (done.returncode, done.stderr) == (2, "in use by another trainer\n")
-    assert not (tmp_path / "run" / "job" / "outcome.json").exists()
-    assert run_rank(tmp_path / "run", training.replace("RunInUse", "RunAborted")).returncode == 2
-    assert "mistake" in (tmp_path / "run" / "job" / "outcome.json").read_text()
-
-
 def test_a_failure_has_a_traceback_in_the_log_and_one_clear_last_line(tmp_path: Path) -> None:
     training = "def main(config):\n    inner()\ndef inner():\n    raise RuntimeError('shapes differ')"
     for rank in (0, 3):
@@ -309,7 +300,7 @@ def main(config):
 
 
 @pytest.mark.parametrize(
-    "kind", ["nepa_dist.config.ConfigError(['it does not fit'])", "nepa_dist.data.containers.DataError('it does not fit')"]
+    "kind", [f"nepa_dist.{kind}" for kind in ("config.ConfigError(['it does not fit'])", "guard.RunInUse('it does not fit')")]
 )
 def test_a_users_mistake_is_told_without_a_traceback(tmp_path: Path, kind: str) -> None:
     module = kind.rpartition("(")[0].rpartition(".")[0]
@@ -317,6 +308,8 @@ def test_a_users_mistake_is_told_without_a_traceback(tmp_path: Path, kind: str) 
     assert done.returncode == 2
     assert "it does not fit" in done.stderr
     assert "Traceback" not in done.stderr
+    # Who finds another trainer there says nothing of how the run ends.
+    assert (tmp_path / "run" / "job" / "outcome.json").exists() == ("RunInUse" not in kind)
 
 
 def test_a_value_error_of_a_library_is_not_taken_for_a_users_mistake(tmp_path: Path) -> None:
