@@ -289,8 +289,8 @@ def test_of_several_that_are_resumed_none_starts_beside_a_wrong_name_or_after_a_
     monkeypatch.setattr(cluster, "run_local", lambda run_dir, world_size: calls.append(run_dir.name) or 75)
     for name in ("first", "second"):
         make_run(name, step=5, outcome="stopped")
-    assert submit.main(["resume", "runs/first", "runs/secont"]) == 2
-    assert "nothing was done:\n  - no runs in runs/secont; did you mean 'second'?" in capsys.readouterr().err
+    assert submit.main(["resume", "runs/first", "runs/secand"]) == 2
+    assert "nothing was done:\n  - no runs in runs/secand; did you mean 'second'?" in capsys.readouterr().err
     assert calls == []
     assert submit.main(["resume", "runs/first", "runs/second"]) == 75
     assert calls == ["first"], "who stops it means all of them"
