@@ -160,6 +160,19 @@ def check_snapshot(context: Context) -> Iterator[Finding]:
         yield good(f"{len(code.files)} files, {code.num_bytes / 1e6:.1f} MB, {code.digest[:12]}")
 
 
+def check_endpoint(context: Context) -> Iterator[Finding]:
+    """The files that the metrics endpoint is protected with can be read; without them a run would serve nothing."""
+    metrics = context.config.metrics
+    names = ("prometheus_token_file", "prometheus_tls_cert", "prometheus_tls_key")
+    given = {name: path for name in names if metrics.prometheus and (path := getattr(metrics, name)) is not None}
+    missing = [name for name, path in given.items() if not os.access(path, os.R_OK)]
+    yield from (
+        problem(f"metrics.{name} {given[name]} cannot be read, so there would be no metrics endpoint") for name in missing
+    )
+    if given and not missing:
+        yield good(f"{', '.join(given)}: readable")
+
+
 def _job_folder(context: Context) -> Path:
     return Path(getattr(context.args, "job_folder", None) or context.run_dir)
 
@@ -172,4 +185,5 @@ JOB_CHECKS: dict[str, Check] = {
     "site": check_site,
     "secrets": check_secrets,
     "snapshot": check_snapshot,
+    "endpoint": check_endpoint,
 }

@@ -294,6 +294,13 @@ def test_a_patch_embedding_is_not_frozen_as_it_is_drawn(desk: Desk) -> None:
     assert "random weights" in desk("--set", "finetune.freeze_patch_embed=false", task="finetune", expected=0)
 
 
+def test_the_files_that_protect_the_endpoint_must_be_there(desk: Desk, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret")
+    token, cert = ("--set", "metrics.prometheus_token_file=token"), ("--set", "metrics.prometheus_tls_cert=cert.pem")
+    assert "metrics.prometheus_tls_cert cert.pem cannot be read" in desk(*token, *cert)
+    assert "prometheus_token_file: readable" in desk(*token, expected=0)
+
+
 @pytest.mark.parametrize("name", ["prometheus", "best", "logs"])
 def test_names_of_other_things_are_no_names_of_runs(desk: Desk, name: str) -> None:
     assert f"'{name}' cannot name a run" in desk("--name", name)

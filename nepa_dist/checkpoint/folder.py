@@ -115,6 +115,8 @@ def _read_manifest(path: Path) -> Manifest:
     if path.is_symlink() or not path.is_dir():
         raise CheckpointError(f"checkpoint {path} is not a folder")
     file = path / _MANIFEST
+    if not os.access(path, os.X_OK):
+        raise CheckpointError(f"no permission to look into {path}")
     if not os.path.lexists(file):
         raise CheckpointError(f"{file} is missing")
     if file.is_symlink() or not file.is_file():
