@@ -189,7 +189,7 @@ def test_bf16_agrees_with_plain(plain_low, results, precision):
         for key, state in rank_states[-1].items():
             for field in ("weight", "ema"):
                 assert state[field].dtype == torch.float32
-                torch.testing.assert_close(state[field], states[-1][key][field], atol=2e-3, rtol=0)
+                torch.testing.assert_close(state[field], states[-1][key][field], atol=3e-3, rtol=0)
 
 
 def test_gradients_can_be_reduced_in_bf16(plain, results):
