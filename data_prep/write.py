@@ -235,11 +235,13 @@ class _Samples(Sequence[StoredSample]):
                 size = (image.source_height, image.source_width)
                 classes = len(self._plan.class_names) or None
                 mask = self._policy.apply_mask(mask, image.height, image.width, source_size=size, num_classes=classes)
-        except (BadImage, OSError) as error:
-            if isinstance(error, OSError) and not is_lost(error):
+        except BadImage as error:
+            self.bad[number] = BadSample(number, name, str(error))
+            return None
+        except OSError as error:
+            if not is_lost(error):
                 raise
-            reason = f"it cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
-            self.bad[number] = BadSample(number, name, reason)
+            self.bad[number] = BadSample(number, name, f"it cannot be read: {error.strerror}")
             return None
         if image.repairs:
             self.repairs[number] = Repair(number, name, image.repairs)

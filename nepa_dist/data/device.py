@@ -87,7 +87,7 @@ def side_stream(device: torch.device) -> SideStream | None:
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name.
+    """The device of that name, on which convolutions in fp32 are fp32 from now on, as in a run: torch's own choice is TF32.
 
     Raises:
         ValueError: there is no such device here.
@@ -97,7 +97,7 @@ def usable_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # a build without CUDA asserts
         raise ValueError(f"device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    torch.backends.cudnn.allow_tf32 = False  # what is measured in fp32 is: torch's own choice has convolutions in TF32
+    torch.backends.cudnn.allow_tf32 = False
     return device
 
 
